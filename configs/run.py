@@ -1,0 +1,352 @@
+"""What a user may set, as frozen pydantic models. Units are in the names; `keel train --help` and the YAML presets
+beside this file show them in use. No torch and no ray here: a configuration loads in milliseconds, anywhere.
+
+Loading, `--set` and the checks across sections: configs/load.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Stage = Literal["data", "sft", "collect", "rm", "ppo", "evaluate", "report"]
+STAGES: tuple[Stage, ...] = ("data", "sft", "collect", "rm", "ppo", "evaluate", "report")
+
+
+# ---------------------------------------------------------------- model
+
+
+class NewModel(Section):
+    """A small transformer made here from a configuration, with its own tokenizer trained on the run's text."""
+
+    kind: Literal["new"] = "new"
+    architecture: Literal["llama", "qwen2"] = "llama"
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 384
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    max_position_embeddings: PositiveInt = 256
+    tie_word_embeddings: bool = True
+    tokenizer: Literal["word", "byte_bpe"] = "word"
+    """word: one token a word, for closed vocabularies; byte_bpe: bytes and merges, for any text."""
+    vocab_size: PositiveInt = 512
+
+
+class PretrainedModel(Section):
+    """A Hugging Face model directory or name, with its tokenizer."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    path: str
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own."""
+
+
+ModelSection = Annotated[NewModel | PretrainedModel, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------- data
+
+
+class WorldSource(Section):
+    """A Python function `make(directory, *, seed, sizes…)` that writes sft.jsonl, prompts.jsonl, eval_prompts.jsonl."""
+
+    kind: Literal["world"] = "world"
+    factory: str
+    """"package.module:function"."""
+    sft_examples: PositiveInt = 6000
+    prompts: PositiveInt = 4096
+    eval_prompts: PositiveInt = 512
+
+
+class FileSource(Section):
+    """Local JSON Lines (also .gz) or Parquet."""
+
+    kind: Literal["file"] = "file"
+    path: Path
+    columns: dict[str, str] = {}
+    """Keel's field → the file's column: prompt, answer (SFT); prompt (prompts); prompt, chosen, rejected
+    (preferences). A missing `prompt` among preferences means whole dialogues in `chosen` and `rejected`."""
+    limit: PositiveInt | None = None
+
+
+class HubSource(Section):
+    """A Hugging Face dataset by name."""
+
+    kind: Literal["hub"] = "hub"
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = {}
+    limit: PositiveInt | None = None
+
+
+TableSource = Annotated[FileSource | HubSource, Field(discriminator="kind")]
+
+
+class DataSection(Section):
+    """Where text comes from. Either a `world` (synthetic, makes everything) or tables."""
+
+    world: WorldSource | None = None
+    preferences: TableSource | None = None
+    prompts: TableSource | None = None
+    """Absent: the prompts of the preference pairs."""
+    sft: TableSource | None = None
+    """Absent: the chosen answers of the preference pairs."""
+    eval_fraction: Fraction = 0.1
+    """Of tables: the share of prompts kept out for evaluation."""
+    max_prompt_tokens: PositiveInt = 16
+    max_response_tokens: PositiveInt = 64
+    long_prompt: Literal["truncate_left", "reject"] = "truncate_left"
+    """What happens to a prompt longer than max_prompt_tokens: keep its end, or leave it out. Counted either way."""
+    long_response: Literal["truncate_right", "reject"] = "truncate_right"
+    """SFT and preference answers longer than max_response_tokens."""
+
+
+# ---------------------------------------------------------------- offline stages
+
+
+class SftSection(Section):
+    epochs: PositiveFloat = 4.0
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 1e-3
+    warmup_fraction: Fraction = 0.05
+    weight_decay: float = 0.0
+    threads: PositiveInt = 2
+
+
+class CollectSection(Section):
+    """Preference pairs sampled from the SFT policy and labelled by a judge. Skipped where preferences are given."""
+
+    pairs: PositiveInt = 2000
+    temperatures: tuple[PositiveFloat, ...] = (1.0,)
+    judge: str | None = None
+    """"package.module:function": (prompt, answer_a, answer_b, rng) → list of votes, True where A is preferred."""
+
+
+class RmSection(Section):
+    members: PositiveInt = 1
+    """Ensemble size; each member has its own seed and split."""
+    epochs: PositiveFloat = 3.0
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 3e-4
+    held_out_fraction: Fraction = 0.15
+    centering: float = 0.01
+    """Coefficient of the mean-reward penalty (r_w + r_l)²; keeps scores near 0."""
+    min_accuracy: Fraction = 0.0
+    """Held-out accuracy under which `train` refuses to start PPO."""
+    threads: PositiveInt = 2
+
+
+# ---------------------------------------------------------------- online
+
+
+class RolloutSection(Section):
+    """Actors and their vLLM engines."""
+
+    actors: PositiveInt = 1
+    engine: Literal["vllm", "scripted"] = "vllm"
+    """scripted: a stand-in that answers at random, for tests of the plumbing."""
+    engine_core: Literal["auto", "process", "thread"] = "auto"
+    """Where vLLM's engine core runs. thread: inside the actor, faster to start, CPU only, falls back to process."""
+    temperature: PositiveFloat = 1.0
+    max_concurrent_requests: PositiveInt = 64
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    kv_cache_gib: PositiveFloat = 0.125
+    gpu_memory_utilization: Fraction = 0.85
+    cpus_per_actor: PositiveFloat = 0.5
+    gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    tensor_parallel_size: PositiveInt = 1
+    boot_timeout_s: PositiveFloat = 180.0
+    generate_timeout_s: PositiveFloat = 120.0
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    probe_tolerance: PositiveFloat = 1e-4
+    """Largest difference, in nats, between engine and learner log-probs of the probe sequence after a first sync."""
+
+
+class RewardSection(Section):
+    """The asynchronous reward service."""
+
+    workers: PositiveInt = 1
+    batch_size: PositiveInt = 64
+    """Most rollouts in a forward pass."""
+    token_budget: PositiveInt = 8192
+    """Most tokens (padding included) in a forward pass."""
+    batch_wait_s: PositiveFloat = 0.05
+    """How long a part-filled batch waits for more."""
+    cache_entries: PositiveInt = 4096
+    cache_ttl_s: PositiveFloat = 3600.0
+    max_deliveries: PositiveInt = 3
+    """After so many failed tries a task is dead-lettered."""
+    score_timeout_s: PositiveFloat = 60.0
+    cpus_per_worker: PositiveFloat = 0.5
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    threads: PositiveInt = 1
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+
+
+class FixedKl(Section):
+    kind: Literal["fixed"] = "fixed"
+    beta: Annotated[float, Field(ge=0.0)] = 0.1
+
+
+class AdaptiveKl(Section):
+    """β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon): Ziegler et al. 2019, with n·0.2/horizon bounded below 1."""
+
+    kind: Literal["adaptive"] = "adaptive"
+    beta_init: PositiveFloat = 0.1
+    target_nats_per_sequence: PositiveFloat = 3.0
+    horizon_samples: PositiveInt = 2000
+    beta_min: PositiveFloat = 1e-4
+    beta_max: PositiveFloat = 10.0
+
+
+class ConstrainedKl(Section):
+    """β as the Lagrange multiplier of KL ≤ limit, by dual ascent on log β."""
+
+    kind: Literal["constrained"] = "constrained"
+    beta_init: PositiveFloat = 0.1
+    limit_nats_per_sequence: PositiveFloat = 3.0
+    dual_learning_rate: PositiveFloat = 0.05
+    beta_min: PositiveFloat = 1e-4
+    beta_max: PositiveFloat = 10.0
+
+
+KlSection = Annotated[FixedKl | AdaptiveKl | ConstrainedKl, Field(discriminator="kind")]
+
+
+class KlBudget(Section):
+    """Scale of the KL target over training: from `start` × target to the whole target over `widen_steps` steps; and
+    a bound on the sum over steps of each step's own KL movement."""
+
+    start: Fraction = 1.0
+    widen_steps: Annotated[int, Field(ge=0)] = 0
+    cumulative_nats_per_sequence: PositiveFloat | None = None
+    """Training ends, cleanly, when the summed per-step policy movement passes this."""
+
+
+class OptimizerSection(Section):
+    learning_rate: PositiveFloat = 2e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 2
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    final_fraction: Fraction = 0.1
+    """Learning rate at the last step, as a fraction of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class LearnerSection(Section):
+    """The PPO learner. One step trains on `batch_size` rollouts and publishes one new policy version."""
+
+    steps: PositiveInt = 60
+    batch_size: PositiveInt = 128
+    max_staleness: Annotated[int, Field(ge=0)] = 1
+    """Versions that a sample may lag behind the policy it trains. 0: synchronous, on-policy."""
+    advantages: Literal["gae", "group_relative", "leave_one_out", "reinforce"] = "gae"
+    samples_per_prompt: PositiveInt = 1
+    """Group size for group_relative and leave_one_out."""
+    gamma: Fraction = 1.0
+    gae_lambda: Fraction = 0.95
+    epochs: PositiveInt = 2
+    minibatches: PositiveInt = 2
+    token_budget: PositiveInt = 8192
+    """Most tokens (padding included) in one forward pass; mini-batches are split into micro-batches to fit."""
+    clip_epsilon: PositiveFloat = 0.2
+    value_clip: PositiveFloat = 0.2
+    entropy_bonus: Annotated[float, Field(ge=0.0)] = 0.0
+    behaviour_weight_cap: PositiveFloat = 2.0
+    max_step_kl_nats_per_token: PositiveFloat = 0.05
+    """The update stops early when the new policy has moved this far from the proximal policy."""
+    score_clip: PositiveFloat = 5.0
+    missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
+    """Subtracted from the normalised score of a truncated answer."""
+    length_penalty_per_token: Annotated[float, Field(ge=0.0)] = 0.0
+    policy: OptimizerSection = OptimizerSection()
+    critic: OptimizerSection = OptimizerSection(learning_rate=5e-4)
+    kl: KlSection = AdaptiveKl()
+    kl_budget: KlBudget = KlBudget()
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    task_deadline_s: PositiveFloat = 120.0
+    """A task issued and not scored for so long is issued again."""
+    stall_timeout_s: PositiveFloat = 300.0
+    """No scored rollout for so long ends the run with an error."""
+    threads: PositiveInt = 1
+    cpus: PositiveFloat = 1.0
+    gpus: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class CheckpointSection(Section):
+    every_steps: PositiveInt = 10
+    keep_last: PositiveInt = 2
+
+
+class EvaluationSection(Section):
+    prompts: PositiveInt = 512
+    samples_shown: PositiveInt = 16
+    gold: str | None = None
+    """"package.module:function": (prompt, answer) → float. Measured, never trained on."""
+
+
+# ---------------------------------------------------------------- where it runs
+
+
+class RedisSection(Section):
+    url: str | None = None
+    """redis:// or rediss:// URL of a server ≥ 7. Absent: one is started on loopback and stopped with the run."""
+    lease_s: PositiveFloat = 30.0
+    command_timeout_s: PositiveFloat = 10.0
+
+
+class RaySection(Section):
+    address: str | None = None
+    """Absent: a local Ray is started and stopped with the run. "auto": the cluster this driver runs on."""
+    num_cpus: PositiveInt | None = None
+    object_store_mib: PositiveInt = 256
+
+
+class MetricsSection(Section):
+    enabled: bool = True
+    discovery_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the run's Prometheus HTTP service discovery; 0 takes a free one, printed at start."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    runs_dir: Path = Path("runs")
+    stages: tuple[Stage, ...] = STAGES
+    model: ModelSection = NewModel()
+    data: DataSection
+    sft: SftSection = SftSection()
+    collect: CollectSection = CollectSection()
+    rm: RmSection = RmSection()
+    rollout: RolloutSection = RolloutSection()
+    reward: RewardSection = RewardSection()
+    learner: LearnerSection = LearnerSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    redis: RedisSection = RedisSection()
+    ray: RaySection = RaySection()
+    metrics: MetricsSection = MetricsSection()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.runs_dir / self.name
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.data.max_prompt_tokens + self.data.max_response_tokens
