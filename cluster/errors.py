@@ -6,25 +6,8 @@ so all of them pickle: the three parts are the constructor's arguments.
 
 from __future__ import annotations
 
-
-class KeelError(Exception):
-    """Base of the tree. `what` failed, what was `got`, what the reader can `do` about it."""
-
-    def __init__(self, what: str, got: str = "", do: str = "") -> None:
-        super().__init__(what, got, do)
-        self.what, self.got, self.do = what, got, do
-
-    def __str__(self) -> str:
-        parts = [self.what]
-        if self.got:
-            parts.append(f"got: {self.got}")
-        if self.do:
-            parts.append(f"do: {self.do}")
-        return "\n  ".join(parts)
-
-
-class ConfigError(KeelError):
-    """The configuration is wrong or contradicts itself."""
+from configs.errors import ConfigError as ConfigError
+from configs.errors import KeelError as KeelError
 
 
 class DataError(KeelError):

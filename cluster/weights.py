@@ -1,0 +1,212 @@
+"""Policy weights on their way from the learner to the actors: one packed buffer per version, and the channel's seam.
+
+Consumes: named tensors from the learner (`pack`), blobs (`publish`). Produces: the newest blob, to any number of
+consumers. Waits for: `wait_newer` alone waits, for its timeout at most. Who unblocks it: the next `publish`.
+Always holds: versions published strictly increase; only the newest blob is kept; a blob never changes after `pack`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import WeightSyncError
+from cluster.records import Float32s, Int32s
+
+if TYPE_CHECKING:
+    import torch
+
+UNSYNCED: Final = -1
+"""The version of an engine that still holds the weights of its model directory: before any published one."""
+_ALIGN_BYTES: Final = 64
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies in the buffer. `dtype` is torch's name without the prefix, as in "float32"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A sequence and what the learner says about it, to compare an engine with after its first sync.
+
+    token_ids: int32 [L]. logprobs: float32 [L-1], log p(token l+1 | tokens 0..l) in nats at temperature 1.
+    """
+
+    token_ids: Int32s
+    logprobs: Float32s
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) < 2 or len(self.logprobs) != len(self.token_ids) - 1:
+            raise WeightSyncError(
+                "a probe needs L >= 2 token ids and L-1 log-probs",
+                got=f"{len(self.token_ids)} ids, {len(self.logprobs)} log-probs",
+                do="pass one log-prob for every token but the first",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class WeightBlob:
+    """All weights of one policy version, contiguous. `buffer` may be read-only shared memory: nobody writes to it."""
+
+    version: int
+    manifest: tuple[TensorEntry, ...]
+    buffer: Bytes
+    probe: Probe | None = None
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name → shape."""
+        return {entry.name: entry.shape for entry in self.manifest}
+
+
+class WeightChannel(Protocol):
+    """How weights travel. The learner calls `publish`; any number of consumers call the other two."""
+
+    def publish(self, blob: WeightBlob) -> None:
+        """Make `blob` the newest. Raises WeightSyncError unless its version is above every one published before."""
+        ...
+
+    async def latest(self) -> WeightBlob | None:
+        """The newest blob, or None before the first."""
+        ...
+
+    async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
+        """The newest blob as soon as its version is above `than_version`; None when none came within `timeout_s`."""
+        ...
+
+
+def pack(version: int, named_tensors: Iterable[tuple[str, torch.Tensor]], *, probe: Probe | None = None) -> WeightBlob:
+    """Copy tensors, each aligned to 64 bytes, into one buffer.
+
+    Tensors must be whole (gather sharded ones first) and may lie on any device; each is moved to the CPU as it is
+    yielded, so an iterator that gathers lazily holds one on the device at a time. Raises WeightSyncError on a
+    repeated name or a negative version.
+    """
+    import torch
+
+    if version < 0:
+        raise WeightSyncError("a policy version cannot be negative", got=str(version), do="count versions from 0")
+    tensors = [(name, tensor.detach().to("cpu").contiguous()) for name, tensor in named_tensors]
+    if len({name for name, _ in tensors}) != len(tensors):
+        raise WeightSyncError("a tensor name occurs twice", got=f"version {version}", do="yield each parameter once")
+    manifest, size = [], 0
+    for name, tensor in tensors:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        manifest.append(TensorEntry(name=name, dtype=dtype, shape=tuple(tensor.shape), offset_bytes=size))
+        size += -(-tensor.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+    buffer = np.zeros(size, dtype=np.uint8)
+    target = torch.from_numpy(buffer)
+    for entry, (_, tensor) in zip(manifest, tensors, strict=True):
+        raw = tensor.reshape(-1).view(torch.uint8)
+        target[entry.offset_bytes : entry.offset_bytes + len(raw)].copy_(raw)
+    buffer.flags.writeable = False
+    return WeightBlob(version=version, manifest=tuple(manifest), buffer=buffer, probe=probe)
+
+
+def unpack(blob: WeightBlob) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each entry, as views of the buffer: no copy, valid as long as the buffer, never written to.
+
+    Raises WeightSyncError when the manifest does not fit the buffer.
+    """
+    return unpack_entries(blob.manifest, blob.buffer)
+
+
+def unpack_entries(manifest: Iterable[TensorEntry], buffer: Bytes) -> Iterator[tuple[str, torch.Tensor]]:
+    """`unpack` for a manifest and a buffer that travelled apart."""
+    import torch
+
+    # torch warns about read-only arrays, and shared memory is read-only. The holder vouches that nobody writes.
+    storage = torch.from_numpy(np.asarray(_ReadOnlyHolder(buffer)))
+    for entry in manifest:
+        dtype = _torch_dtype(entry)
+        size_bytes = int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize
+        end_bytes = entry.offset_bytes + size_bytes
+        if not 0 <= entry.offset_bytes <= end_bytes <= len(buffer):
+            raise WeightSyncError(
+                f"tensor {entry.name} lies outside the weight buffer",
+                got=f"bytes {entry.offset_bytes} to {end_bytes} of {len(buffer)}",
+                do="publish the version again",
+            )
+        yield entry.name, storage[entry.offset_bytes : end_bytes].view(dtype).view(entry.shape)
+
+
+def _torch_dtype(entry: TensorEntry) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, entry.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise WeightSyncError(f"tensor {entry.name} has an unknown dtype", got=entry.dtype, do="run one torch version")
+    return dtype
+
+
+class _ReadOnlyHolder:
+    """Presents an array's memory as writable to NumPy and keeps the array alive meanwhile."""
+
+    def __init__(self, array: Bytes) -> None:
+        self._array = np.ascontiguousarray(array)
+        self.__array_interface__ = {
+            "shape": self._array.shape,
+            "typestr": "|u1",
+            "data": (self._array.ctypes.data, False),
+            "version": 3,
+        }
+
+
+def check_newer(version: int, *, than_version: int | None) -> None:
+    """Raise WeightSyncError unless `version` is above the last one published."""
+    if than_version is not None and version <= than_version:
+        raise WeightSyncError(
+            "policy versions must increase",
+            got=f"version {version} after {than_version}",
+            do="publish under a version above every earlier one, also after a rollback or a resume",
+        )
+
+
+class MemoryWeightChannel:
+    """A channel within one process. `publish` may be called from any thread, the others from any event loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._newest: WeightBlob | None = None
+        self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+
+    def publish(self, blob: WeightBlob) -> None:
+        with self._lock:
+            check_newer(blob.version, than_version=None if self._newest is None else self._newest.version)
+            self._newest = blob
+            for loop, event in self._waiters:
+                loop.call_soon_threadsafe(event.set)
+
+    async def latest(self) -> WeightBlob | None:
+        return self._newest
+
+    async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
+        event = asyncio.Event()
+        waiter = (asyncio.get_running_loop(), event)
+        with self._lock:
+            self._waiters.add(waiter)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (blob := self._newest) is None or blob.version <= than_version:
+                    await event.wait()
+                    event.clear()
+                return blob
+        except TimeoutError:
+            return None
+        finally:
+            with self._lock:
+                self._waiters.discard(waiter)

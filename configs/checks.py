@@ -1,0 +1,181 @@
+"""Checks across sections: what each value alone cannot show. Pure; every contradiction is reported, not the first."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from configs.errors import ConfigError
+from configs.run import STAGES, AdaptiveKl, ConstrainedKl, NewModel, OptimizerSection, RunConfig
+
+VLLM_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Attention head sizes that vLLM's CPU and GPU kernels have. Others end the engine at its first forward pass."""
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_MAX_BETA_CHANGE = 0.2
+"""The adaptive controller's clip of KL/target - 1."""
+
+
+def cross_check(config: RunConfig, *, where: str = "configuration") -> None:
+    """Raises ConfigError listing every contradiction in `config`."""
+    checks = (_finite, _stages, _model, _data, _references, _batches, _kl, _optimisers, _times, _resources)
+    problems = [problem for check in checks for problem in check(config)]
+    if problems:
+        count = f"{len(problems)} contradiction{'s' if len(problems) > 1 else ''} between settings"
+        got = problems[0] if len(problems) == 1 else "\n    - " + "\n    - ".join(problems)
+        raise ConfigError(f"{where}: {count}", got=got, do="change one of the keys named in each line")
+
+
+def _finite(config: RunConfig) -> Iterator[str]:
+    for path, value in _leaves(config, ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{path}: got {value}; a finite number is needed"
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _leaves(getattr(value, name), f"{path}.{name}" if path else name)
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _stages(config: RunConfig) -> Iterator[str]:
+    if not config.stages:
+        yield "stages: got none; name at least one"
+    elif list(config.stages) != [stage for stage in STAGES if stage in config.stages]:
+        yield f"stages: got {', '.join(config.stages)}; each at most once, in the order {', '.join(STAGES)}"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if not isinstance(model, NewModel):
+        return
+    if config.max_sequence_tokens > model.max_position_embeddings:
+        yield (
+            f"data.max_prompt_tokens + data.max_response_tokens = {config.max_sequence_tokens}, more than "
+            f"model.max_position_embeddings = {model.max_position_embeddings}"
+        )
+    if model.hidden_size % model.heads:
+        yield f"model.hidden_size = {model.hidden_size} is no multiple of model.heads = {model.heads}"
+    elif model.hidden_size // model.heads not in VLLM_HEAD_DIMS and config.rollout.engine == "vllm":
+        yield (
+            f"model.hidden_size / model.heads = {model.hidden_size // model.heads}: vLLM has no kernel for that head "
+            f"size; one of {', '.join(map(str, VLLM_HEAD_DIMS))}"
+        )
+    if model.tokenizer == "byte_bpe" and model.vocab_size < 260:
+        yield f"model.vocab_size = {model.vocab_size}: byte_bpe needs 256 bytes and 4 special tokens, 260 at least"
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    tables = [name for name in ("preferences", "prompts", "sft") if getattr(data, name) is not None]
+    if data.world is not None and tables:
+        yield f"data.world makes all data itself, but data.{tables[0]} is set as well; keep one of them"
+    if data.world is None and not tables:
+        yield "data: no source; set data.world, data.preferences, or data.prompts and data.sft"
+    if data.world is None and tables and data.preferences is None:
+        yield from (
+            f"data.{name} is missing: without data.preferences it has nothing to come from"
+            for name in ("prompts", "sft")
+            if name not in tables
+        )
+    if data.preferences is None and config.collect.judge is None and {"collect", "rm"} & set(config.stages):
+        yield "collect.judge is missing: with no data.preferences, pairs are sampled from the policy and need a judge"
+    if data.world is None and tables and data.eval_fraction in (0.0, 1.0) and "evaluate" in config.stages:
+        yield f"data.eval_fraction = {data.eval_fraction:g}: leaves no prompts to evaluate, or none to train on"
+
+
+def _references(config: RunConfig) -> Iterator[str]:
+    world = config.data.world
+    named = {
+        "data.world.factory": world.factory if world else None,
+        "collect.judge": config.collect.judge,
+        "evaluation.gold": config.evaluation.gold,
+    }
+    for path, reference in named.items():
+        if reference is not None and not _REFERENCE.fullmatch(reference):
+            yield f"{path}: got {reference!r}; write package.module:function"
+
+
+def _batches(config: RunConfig) -> Iterator[str]:
+    learner = config.learner
+    if learner.batch_size % learner.samples_per_prompt:
+        yield (
+            f"learner.batch_size = {learner.batch_size} is no multiple of "
+            f"learner.samples_per_prompt = {learner.samples_per_prompt}"
+        )
+    if learner.advantages in ("group_relative", "leave_one_out") and learner.samples_per_prompt < 2:
+        yield (
+            f"learner.advantages = {learner.advantages} compares answers to one prompt: "
+            f"learner.samples_per_prompt = {learner.samples_per_prompt}, 2 at least"
+        )
+    if learner.minibatches > learner.batch_size:
+        yield f"learner.minibatches = {learner.minibatches}, more than learner.batch_size = {learner.batch_size}"
+    for path, budget in (("learner", learner.token_budget), ("reward", config.reward.token_budget)):
+        if budget < config.max_sequence_tokens:
+            yield (
+                f"{path}.token_budget = {budget}, less than one sequence "
+                f"(data.max_prompt_tokens + data.max_response_tokens = {config.max_sequence_tokens})"
+            )
+
+
+def _kl(config: RunConfig) -> Iterator[str]:
+    kl, batch = config.learner.kl, config.learner.batch_size
+    if isinstance(kl, AdaptiveKl | ConstrainedKl) and not kl.beta_min <= kl.beta_init <= kl.beta_max:
+        yield (
+            f"learner.kl.beta_init = {kl.beta_init:g} lies outside [learner.kl.beta_min, learner.kl.beta_max] = "
+            f"[{kl.beta_min:g}, {kl.beta_max:g}]"
+        )
+    if isinstance(kl, AdaptiveKl) and batch * _MAX_BETA_CHANGE >= kl.horizon_samples:
+        yield (
+            f"learner.kl.horizon_samples = {kl.horizon_samples}: one step of learner.batch_size = {batch} could take β "
+            f"to 0 (β changes by up to {_MAX_BETA_CHANGE}·batch/horizon); more than {_MAX_BETA_CHANGE * batch:g} "
+            f"is needed, {10 * batch} is usual"
+        )
+    if config.learner.kl_budget.start == 0.0:
+        yield "learner.kl_budget.start = 0: a KL target of 0 cannot be approached; set 0.1 or more"
+
+
+def _optimisers(config: RunConfig) -> Iterator[str]:
+    sections: dict[str, OptimizerSection] = {"policy": config.learner.policy, "critic": config.learner.critic}
+    for name, section in sections.items():
+        if not all(0.0 <= beta < 1.0 for beta in section.betas):
+            yield f"learner.{name}.betas: got {list(section.betas)}; both in [0, 1)"
+        if section.weight_decay < 0.0:
+            yield f"learner.{name}.weight_decay: got {section.weight_decay:g}; 0 or more"
+
+
+def _times(config: RunConfig) -> Iterator[str]:
+    learner, lease_s = config.learner, config.redis.lease_s
+    if lease_s >= learner.task_deadline_s:
+        yield (
+            f"redis.lease_s = {lease_s:g}, not less than learner.task_deadline_s = {learner.task_deadline_s:g}: a task "
+            "would be issued again while its lease still runs"
+        )
+    if learner.task_deadline_s >= learner.stall_timeout_s:
+        yield (
+            f"learner.task_deadline_s = {learner.task_deadline_s:g}, not less than learner.stall_timeout_s = "
+            f"{learner.stall_timeout_s:g}: the run would end before a lost task is issued again"
+        )
+
+
+def _resources(config: RunConfig) -> Iterator[str]:
+    rollout, reward, learner, ray = config.rollout, config.reward, config.learner, config.ray
+    if rollout.gpus_per_actor and rollout.tensor_parallel_size > rollout.gpus_per_actor:
+        yield (
+            f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}, more than rollout.gpus_per_actor = "
+            f"{rollout.gpus_per_actor:g}"
+        )
+    wanted = rollout.actors * rollout.cpus_per_actor + reward.workers * reward.cpus_per_worker + learner.cpus
+    if ray.address is None and ray.num_cpus is not None and wanted > ray.num_cpus:
+        yield (
+            f"ray.num_cpus = {ray.num_cpus}, less than the {wanted:g} that rollout actors, reward workers and the "
+            "learner reserve: the last of them would wait for ever"
+        )

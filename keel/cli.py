@@ -1,0 +1,142 @@
+"""The command line. Imports nothing heavy: a verb's own modules load when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.errors import ConfigError, KeelError
+
+app = typer.Typer(
+    name="keel",
+    help="Online reinforcement learning from human feedback that scales out and does not capsize.\n\n"
+    "Try it on a laptop with no GPU: keel train demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a preset's name (see `keel presets`).")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key: --set learner.kl.target_nats_per_sequence=6. Repeatable."),
+]
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    stages: Annotated[str | None, typer.Option(help="Only these stages, comma-separated, e.g. ppo,evaluate.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run of this name stopped.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier run of this name is moved aside.")] = False,
+) -> None:
+    """Run the whole job, or the stages asked for: data, sft, collect, rm, ppo, evaluate, report.
+
+    Everything goes to runs/NAME/. Ctrl-C saves a checkpoint and stops all that was started; twice stops at once.
+    """
+    from configs.load import load_config
+
+    chosen = list(overrides or [])
+    if stages is not None:
+        chosen.append(f"stages=[{stages}]")
+    run_config = load_config(config, overrides=chosen)
+    if resume and fresh:
+        raise ConfigError("--resume and --fresh exclude each other", do="give one of them")
+    from keel.pipeline import run_pipeline
+
+    raise typer.Exit(run_pipeline(run_config, resume=resume, fresh=fresh))
+
+
+def _only(stage: str, config: str, overrides: list[str] | None) -> None:
+    wanted = {"sft": "data,sft", "rm": "data,sft,collect,rm"}[stage]
+    train(config, overrides=overrides, stages=wanted, resume=True, fresh=False)
+
+
+@app.command()
+def sft(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Run up to supervised fine-tuning: stages data and sft. `keel train --resume` goes on from there."""
+    _only("sft", config, overrides)
+
+
+@app.command()
+def rm(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Run up to the reward model: stages data, sft, collect and rm. `keel train --resume` goes on from there."""
+    _only("rm", config, overrides)
+
+
+@app.command()
+def config(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Check a configuration and print it with every default filled in."""
+    from configs.load import dump_config, load_config
+
+    typer.echo(dump_config(load_config(config, overrides=overrides or [])), nl=False)
+
+
+@app.command()
+def presets() -> None:
+    """List the configurations that ship with Keel."""
+    from configs.load import preset_names
+
+    for name in preset_names():
+        typer.echo(name)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/demo; it may still be running.")]) -> None:
+    """Write report.html for a run, finished or not."""
+    from keel.report import write_report
+
+    typer.echo(write_report(_existing_run(run_dir)))
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A policy directory, e.g. runs/demo/policy/final.")],
+    prompts: Annotated[list[str], typer.Argument(help="Prompts, answered one by one.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 answers greedily.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Answer prompts with a trained policy (transformers, on this machine)."""
+    from keel.generate import answer_prompts
+
+    for prompt, answer in answer_prompts(
+        model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    ):
+        typer.echo(f"{prompt}\n  → {answer}")
+
+
+@app.command("reward-worker")
+def reward_worker(
+    redis: Annotated[str, typer.Option(envvar="KEEL_REDIS_URL", help="redis:// or rediss:// URL, with user and password.")],
+    run: Annotated[Path, typer.Option(help="The run's directory (shared storage), with rm/ and sft/model.")],
+    index: Annotated[int, typer.Option(help="Number of this worker; must differ between workers of a run.")] = 1000,
+) -> None:
+    """Score rollouts of a run from outside Ray: start as many as you like, anywhere that reaches Redis."""
+    from keel.standalone import run_reward_worker
+
+    raise typer.Exit(run_reward_worker(_existing_run(run), redis_url=redis, index=index))
+
+
+def _existing_run(path: Path) -> Path:
+    if not (path / "config.yaml").is_file():
+        raise ConfigError("not a run directory", got=str(path), do="give a directory that `keel train` made, e.g. runs/demo")
+    return path
+
+
+def main() -> None:
+    """Entry point of the `keel` command: one clear message and exit code 2 for every error that Keel foresees."""
+    try:
+        app()
+    except KeelError as error:
+        typer.secho(f"keel: {type(error).__name__}: {error}", err=True, fg=typer.colors.RED)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

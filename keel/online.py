@@ -1,0 +1,77 @@
+"""The ppo stage: rollout actors, reward workers and the learner, brought up, watched, and wound down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+from cluster.errors import SupervisionError
+from cluster.files import atomic_write_text
+from keel.discovery import discovery
+from keel.evaluate import evaluate_policy
+from keel.interrupt import InterruptedRun
+from keel.roles import Roles
+from keel.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+def run_online(runtime: Runtime, roles: Roles) -> None:
+    """Run PPO to its end. On a stop request the learner finishes its step and saves; raises InterruptedRun then."""
+    runtime.run.emit(stage="ppo", event="progress", note="starting roles")
+    started_s = time.monotonic()
+    sft_model = runtime.run.path / "sft" / "model"
+    rollout, reward = roles.rollout(sft_model), roles.reward()
+    rollout.wait_ready(runtime.tick)
+    reward.wait_ready(runtime.tick)
+    if not (runtime.run.path / "eval" / "sft.json").exists():
+        evaluate_policy(runtime, roles, tag="sft", model_dir=sft_model)
+        started_s = time.monotonic()
+    learner = roles.learner()
+    info = learner.wait_ready(runtime.tick)[0]
+    with discovery(runtime, roles):
+        for pool in (rollout, reward, learner):
+            pool.run()
+        _watch(runtime, roles, started_s=started_s)
+    ending = learner.results[0]
+    roles.stop("learner")
+    log.info("learner: from step %s, ended: %s", info.get("step"), ending)
+    if ending == "stopped":
+        raise InterruptedRun("stopped on request; a checkpoint is saved", do="go on with the same command and --resume")
+
+
+def _watch(runtime: Runtime, roles: Roles, *, started_s: float) -> None:
+    learner = roles.learner()
+    asked = first_rollout_seen = False
+    metrics = runtime.run.path / "metrics.jsonl"
+
+    def finished() -> bool:
+        nonlocal asked, first_rollout_seen
+        if runtime.stop.requested and not asked:
+            asked = True
+            for handle in learner.handles:
+                handle.stop.remote()
+        if not first_rollout_seen:
+            first_rollout_seen = _note_first_rollout(runtime, roles, started_s=started_s)
+        return learner.finished
+
+    roles.watch(finished)
+    if not metrics.exists():
+        raise SupervisionError("the learner ended without a step", got="no metrics.jsonl", do="look at logs/learner.log")
+
+
+def _note_first_rollout(runtime: Runtime, roles: Roles, *, started_s: float) -> bool:
+    """Write down how long the online roles took to their first rollout. True once that is known."""
+    path = runtime.run.path / "online.json"
+    if path.exists():
+        return True
+    statuses: list[dict[str, Any]] = runtime.ray.get(
+        [handle.status.remote() for handle in roles.rollout(runtime.run.path).handles], timeout=30
+    )
+    if not any(status["samples"] for status in statuses):
+        return False
+    seconds = round(time.monotonic() - started_s, 2)
+    atomic_write_text(path, json.dumps({"seconds_to_first_rollout": seconds}))
+    return True

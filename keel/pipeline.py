@@ -1,0 +1,56 @@
+"""The job: its stages in order, each skipped when it is done already.
+
+    data → sft → collect → rm → ppo → evaluate → report
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from configs.run import STAGES, RunConfig, Stage
+from keel.display import Display
+from keel.interrupt import InterruptedRun, stop_on_signal
+from keel.rundir import RunDirectory, open_run
+from keel.runtime import Runtime
+from keel.roles import Roles
+from keel.stages import STAGE_FUNCTIONS
+
+log = logging.getLogger(__name__)
+
+INTERRUPTED_EXIT_CODE = 130
+
+
+def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
+    """Run the configured stages. Returns the exit code; raises KeelError with what was done kept on disk."""
+    with open_run(config, resume=resume, fresh=fresh) as run, stop_on_signal() as stop:
+        _log_to(run)
+        wanted = [stage for stage in STAGES if stage in config.stages]
+        with Display(run.path, wanted) as display:
+            try:
+                with Runtime(config, run, stop=stop, refresh=display.refresh) as runtime:
+                    roles = Roles(runtime)
+                    for stage in wanted:
+                        _run_stage(stage, run, lambda stage=stage: STAGE_FUNCTIONS[stage](runtime, roles))
+                        stop.check()
+            except InterruptedRun as error:
+                print(f"keel: {error}", flush=True)
+                return INTERRUPTED_EXIT_CODE
+    print(f"keel: done: {run.path}")
+    return 0
+
+
+def _run_stage(stage: Stage, run: RunDirectory, body: Callable[[], None]) -> None:
+    if run.done(stage) and stage != "report":
+        run.emit(stage=stage, event="skip", seconds=run.stage_seconds[stage])
+        return
+    with run.stage(stage):
+        body()
+
+
+def _log_to(run: RunDirectory) -> None:
+    """The driver's own log; other roles have theirs beside it."""
+    handler = logging.FileHandler(run.path / "logs" / "driver.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)

@@ -1,0 +1,147 @@
+"""The online roles of a run, from configuration to processes: rollout actors, reward workers, the learner."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actors.rollout_actor import RolloutActor, RolloutSpec
+from cluster.supervise import Role, RolePool
+from keel.runtime import Runtime
+from learner.learner_actor import LearnerActor, LearnerSpec
+from reward_service.reward_actor import RewardActor, RewardSpec
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 20.0
+
+
+class Roles:
+    """Pools are started when first asked for and stopped with the runtime."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._pools: dict[str, RolePool] = {}
+        self._channel: Any = None
+
+    @property
+    def running(self) -> list[RolePool]:
+        return list(self._pools.values())
+
+    @property
+    def channel(self) -> Any:
+        """The weight channel of this run."""
+        if self._channel is None:
+            assert self._runtime.ray is not None
+            from cluster.weights_ray import RayWeightChannel
+
+            self._channel = RayWeightChannel.create()
+            self._runtime.on_exit(self._channel.close)
+        return self._channel
+
+    def rollout(self, model_dir: Path) -> RolePool:
+        """The rollout actors; started with the weights in `model_dir` when they are not up yet."""
+        config = self._runtime.config
+
+        def spec(index: int, incarnation: int) -> RolloutSpec:
+            return RolloutSpec(
+                config=config,
+                model_path=str(model_dir.resolve()),
+                redis_url=self._runtime.redis_url,
+                log_dir=str(self._log_dir),
+                channel=self.channel,
+                index=index,
+                incarnation=incarnation,
+            )
+
+        role = Role(
+            name="rollout",
+            process=RolloutActor,
+            spec=spec,
+            cpus=config.rollout.cpus_per_actor,
+            gpus=config.rollout.gpus_per_actor,
+            env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            max_restarts=config.rollout.max_restarts,
+            start_timeout_s=config.rollout.boot_timeout_s,
+        )
+        return self._pool(role, count=config.rollout.actors)
+
+    def reward(self) -> RolePool:
+        """The reward workers."""
+        config = self._runtime.config
+
+        def spec(index: int, incarnation: int) -> RewardSpec:
+            return RewardSpec(
+                config=config,
+                redis_url=self._runtime.redis_url,
+                run_dir=str(self._runtime.run.path.resolve()),
+                index=index,
+                incarnation=incarnation,
+            )
+
+        role = Role(
+            name="reward",
+            process=RewardActor,
+            spec=spec,
+            cpus=config.reward.cpus_per_worker,
+            gpus=config.reward.gpus_per_worker,
+            env=_torch_environment(config.reward.threads),
+            max_restarts=config.reward.max_restarts,
+        )
+        return self._pool(role, count=config.reward.workers)
+
+    def learner(self) -> RolePool:
+        """The learner: one process, whose death ends the run (`keel train --resume` goes on from its checkpoint)."""
+        config = self._runtime.config
+
+        def spec(index: int, incarnation: int) -> LearnerSpec:
+            del index, incarnation
+            return LearnerSpec(
+                config=config,
+                redis_url=self._runtime.redis_url,
+                run_dir=str(self._runtime.run.path.resolve()),
+                channel=self.channel,
+            )
+
+        role = Role(
+            name="learner",
+            process=LearnerActor,
+            spec=spec,
+            cpus=config.learner.cpus,
+            gpus=config.learner.gpus,
+            env=_torch_environment(config.learner.threads),
+            finite=True,
+        )
+        return self._pool(role, count=1)
+
+    def watch(self, until: Callable[[], bool]) -> None:
+        """See to all roles, redrawing the display, until the condition holds."""
+        while not until():
+            for pool in self.running:
+                pool.poll(timeout_s=0.2 / len(self.running))
+            self._runtime.refresh()
+
+    def stop(self, *names: str) -> None:
+        """Stop the named roles."""
+        for name in names:
+            pool = self._pools.pop(name, None)
+            if pool is not None:
+                pool.stop(grace_s=STOP_GRACE_S)
+
+    def _pool(self, role: Role, *, count: int) -> RolePool:
+        if role.name not in self._pools:
+            pool = RolePool(role)
+            self._pools[role.name] = pool
+            self._runtime.on_exit(lambda: self.stop(role.name))
+            pool.grow_to(count)
+        return self._pools[role.name]
+
+    @property
+    def _log_dir(self) -> Path:
+        return (self._runtime.run.path / "logs").resolve()
+
+
+def _torch_environment(threads: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

@@ -1,0 +1,182 @@
+"""What a run starts besides itself: the queue server, Ray, service discovery. All of it ends with the `with` block.
+
+Consumes: the configuration. Produces: addresses. Waits: for servers to come up, each with a deadline.
+Always holds: what was started here is stopped here, on every way out; what was found running is left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from cluster.run_redis import RunRedis
+from cluster.redis_server import EmbeddedServer
+from configs.run import RunConfig
+from keel.interrupt import StopRequest
+from keel.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+
+_RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+
+
+class Runtime:
+    """Started lazily: a run of offline stages needs no queue server."""
+
+    def __init__(self, config: RunConfig, run: RunDirectory, *, stop: StopRequest, refresh: Callable[[], None]) -> None:
+        self.config = config
+        self.run = run
+        self.stop = stop
+        self.refresh = refresh
+        self.memory = MemoryWatch()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Runtime:
+        self._stack.enter_context(self.memory)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def on_exit(self, action: Callable[[], None]) -> None:
+        """Run `action` before what it stands on is stopped."""
+        self._stack.callback(action)
+
+    def tick(self) -> None:
+        """One turn of a waiting loop in the driver: redraw, and leave when the user asked to."""
+        self.refresh()
+        self.stop.check()
+
+    @cached_property
+    def redis_url(self) -> str:
+        """URL of a checked, writable server: the configured one, or one started on loopback for this run."""
+        url = self.config.redis.url
+        if url is None:
+            url = self._stack.enter_context(EmbeddedServer(self.run.path / "redis")).url
+        asyncio.run(self._check_redis(url))
+        return url
+
+    async def _check_redis(self, url: str) -> None:
+        redis = RunRedis(
+            url,
+            run=self.config.name,
+            lease_s=self.config.redis.lease_s,
+            command_timeout_s=self.config.redis.command_timeout_s,
+        )
+        try:
+            await redis.check()
+        finally:
+            await redis.close()
+
+    @cached_property
+    def ray(self) -> Any:
+        """The ray module, connected."""
+        for key, value in _RAY_ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        import ray
+
+        address = self.config.ray.address
+        if address is not None:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                num_cpus=self.config.ray.num_cpus or max(os.cpu_count() or 1, _cpus_needed(self.config)),
+                include_dashboard=False,
+                object_store_memory=self.config.ray.object_store_mib << 20,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        self._stack.callback(ray.shutdown)
+        return ray
+
+    def call(self, function: Callable[..., Any], *args: Any, threads: int = 1, gpus: float = 0.0) -> Any:
+        """Run a stage's function in a Ray task of its own process and wait for it, ticking."""
+        ray = self.ray
+        from cluster.supervise import unwrapped
+
+        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        task = ray.remote(function).options(
+            num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": environment}
+        )
+        reference = task.remote(*args)
+        try:
+            while not ray.wait([reference], timeout=0.3)[0]:
+                self.tick()
+            return ray.get(reference)
+        except ray.exceptions.RayError as error:
+            raise unwrapped(error) from None
+        finally:
+            ray.cancel(reference, force=True)
+
+
+def _cpus_needed(config: RunConfig) -> int:
+    online = (
+        config.learner.cpus
+        + config.rollout.actors * config.rollout.cpus_per_actor
+        + config.reward.workers * config.reward.cpus_per_worker
+    )
+    return int(online) + 2
+
+
+class MemoryWatch:
+    """Peak memory of this process and all it started, sampled: the sum of proportional set sizes, which counts a page
+    shared by n processes 1/n times in each."""
+
+    def __init__(self, *, period_s: float = 5.0) -> None:
+        self.peak_bytes = 0
+        self._period_s = period_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._period_s):
+            own = psutil.Process()
+            total = sum(_pss_bytes(process.pid) for process in [own, *own.children(recursive=True)])
+            self.peak_bytes = max(self.peak_bytes, total)
+
+
+def _pss_bytes(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return 0  # The process ended meanwhile, or this is no Linux.
+    return 0
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float, tick: Callable[[], None]) -> bool:
+    """Poll a condition in the driver. False when the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        tick()
+        time.sleep(0.2)
+    return True

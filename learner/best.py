@@ -1,0 +1,79 @@
+"""The policies that a run hands over, as ordinary Hugging Face directories: the final one and the best one.
+
+Best: highest normalised score, averaged over the last few steps, among policies whose KL is within a quarter of the
+target. The score is the learned reward: the gold reward of a test world is never looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import CheckpointError
+from cluster.files import atomic_directory, remove_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from learner.policy import Policy
+
+WINDOW_STEPS = 5
+KL_MARGIN = 1.25
+
+
+class BestPolicy:
+    """Watches the steps; writes `policy/best` and `policy/final`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._window: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
+        """(normalised score, KL as a share of its target) of the latest steps."""
+        self._best = float("-inf")
+
+    def observe(self, score_normalised: float, *, kl: float, kl_target: float | None) -> None:
+        """One step's batch means."""
+        self._window.append((score_normalised, kl / kl_target if kl_target else 0.0))
+
+    def save_if_better(self, policy: Policy, *, tokenizer: PreTrainedTokenizerBase, step: int) -> bool:
+        """Write policy/best when the window's mean score is the highest yet and its KL within bounds."""
+        if not self._window or fmean(share for _, share in self._window) > KL_MARGIN:
+            return False
+        score = fmean(score for score, _ in self._window)
+        if score <= self._best:
+            return False
+        self._best = score
+        self._write("best", policy, tokenizer, {"step": step, "score_normalised": score})
+        return True
+
+    def save_final(self, policy: Policy, *, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
+        """Write policy/final: the newest policy."""
+        self._write("final", policy, tokenizer, {"step": step})
+
+    def to_state(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"best": self._best if self._window and self._best > float("-inf") else None, "window": list(self._window)}
+
+    def from_state(self, state: Mapping[str, Any]) -> None:
+        """Inverse of to_state."""
+        self._best = float("-inf") if state["best"] is None else float(state["best"])
+        self._window.extend((float(score), float(share)) for score, share in state["window"])
+
+    def _write(
+        self, name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase, note: Mapping[str, float]
+    ) -> None:
+        target = self._directory / name
+        try:
+            if target.exists():
+                remove_directory(target)
+            with atomic_directory(target) as beside:
+                policy.save_pretrained(beside)
+                tokenizer.save_pretrained(beside)
+                (beside / "keel.json").write_text(json.dumps(note))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write policy/{name}", got=str(error), do="free disk space, then --resume; checkpoints are intact"
+            ) from error

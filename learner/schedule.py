@@ -1,0 +1,110 @@
+"""The learning-rate schedule, and AdamW under it with gradient clipping.
+
+State for the checkpoint is one flat dict of tensors by parameter name (safetensors holds it; nothing is pickled).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import CheckpointError
+from configs.run import OptimizerSection
+
+
+def learning_rate_at(step: int, *, section: OptimizerSection, total_steps: int) -> float:
+    """Learning rate of `step` (from 0): linear warm-up to the peak over `warmup_steps`, then constant, linear or cosine
+    to `final_fraction` of the peak at step total_steps − 1, and flat from there.
+
+    Example: peak 1, warmup 2, linear to 0.1, 5 steps: 0.5, 1.0, 1.0, 0.55, 0.1.
+    """
+    if step < section.warmup_steps:
+        return section.learning_rate * (step + 1) / section.warmup_steps
+    if section.decay == "constant":
+        return section.learning_rate
+    progress = min(1.0, (step - section.warmup_steps) / max(1, total_steps - 1 - section.warmup_steps))
+    remaining = 1.0 - progress if section.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return section.learning_rate * (section.final_fraction + (1.0 - section.final_fraction) * remaining)
+
+
+class ScheduledAdamW:
+    """AdamW (decoupled weight decay on matrices only) over a module's trainable parameters, by the schedule above."""
+
+    def __init__(self, module: nn.Module, *, section: OptimizerSection, total_steps: int) -> None:
+        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        decayed = [parameter for _, parameter in named if parameter.ndim >= 2]
+        plain = [parameter for _, parameter in named if parameter.ndim < 2]
+        groups = [
+            {"params": decayed, "weight_decay": section.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=section.learning_rate, betas=section.betas
+        )
+        self._named, self._section, self._total_steps = dict(named), section, total_steps
+        self.set_step(0)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._adamw.param_groups[0]["lr"])
+
+    def set_step(self, step: int) -> float:
+        """Take the learning rate of training step `step` (from 0) for every update until the next call."""
+        rate = learning_rate_at(step, section=self._section, total_steps=self._total_steps)
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def clip(self) -> Tensor:
+        """Scale gradients to max_grad_norm at most. Returns the norm before, which is not finite if a gradient is."""
+        return nn.utils.clip_grad_norm_(self._named.values(), self._section.max_grad_norm)
+
+    def step(self) -> None:
+        self._adamw.step()
+
+    def zero_grad(self) -> None:
+        self._adamw.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Tensors by "<parameter name>/<step, exp_avg or exp_avg_sq>": views of the live state, to be saved before the
+        next step. {} before the first."""
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self._named.items()
+            for key, value in self._adamw.state.get(parameter, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_tensors` gave; {} is the state before any step. Raises CheckpointError on another
+        module's state."""
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, field = key.rpartition("/")
+            states.setdefault(name, {})[field] = value
+        unknown = sorted(states.keys() - self._named.keys())
+        bad = [name for name, state in states.items() if name in self._named and not self._fits(name, state)]
+        if unknown or bad or (states and len(states) != len(self._named)):
+            raise CheckpointError(
+                "optimiser state does not fit the model",
+                got=f"{len(states)} of {len(self._named)} parameters; unknown {unknown[:3]}, misshapen {bad[:3]}",
+                do="resume with the model that the checkpoint was written from",
+            )
+        self._adamw.state.clear()
+        for name, state in states.items():
+            parameter = self._named[name]
+            self._adamw.state[parameter] = {
+                "step": state["step"].detach().clone().cpu(),
+                "exp_avg": state["exp_avg"].detach().clone().to(parameter.device),
+                "exp_avg_sq": state["exp_avg_sq"].detach().clone().to(parameter.device),
+            }
+
+    def _fits(self, name: str, state: Mapping[str, Tensor]) -> bool:
+        shape = self._named[name].shape
+        return (
+            state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            and state["exp_avg"].shape == shape
+            and state["exp_avg_sq"].shape == shape
+        )

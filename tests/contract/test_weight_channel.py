@@ -1,0 +1,151 @@
+"""One contract for every WeightChannel: in memory, and over Ray's object store."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+from collections.abc import AsyncIterator, Iterator
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import WeightSyncError
+from cluster.weights import MemoryWeightChannel, Probe, WeightBlob, WeightChannel, pack, unpack
+from cluster.weights_ray import RayWeightChannel
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, logging_level="ERROR", log_to_driver=False
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(params=["memory", pytest.param("ray", marks=pytest.mark.slow)])
+async def channel(request: pytest.FixtureRequest) -> AsyncIterator[WeightChannel]:
+    if request.param == "memory":
+        yield MemoryWeightChannel()
+        return
+    request.getfixturevalue("local_ray")
+    over_ray = RayWeightChannel.create()
+    yield over_ray
+    over_ray.close()
+
+
+def blob(version: int) -> WeightBlob:
+    probe = Probe(token_ids=np.array([5, 6, 7], dtype=np.int32), logprobs=np.array([-1, -version], dtype=np.float32))
+    return pack(version, [("w", torch.full((3,), float(version)))], probe=probe)
+
+
+def contents(got: WeightBlob | None) -> tuple[int, list[float]]:
+    assert got is not None
+    ((name, tensor),) = unpack(got)
+    assert name == "w"
+    return got.version, cast(list[float], tensor.tolist())
+
+
+async def test_nothing_before_the_first_publication(channel: WeightChannel) -> None:
+    assert await channel.latest() is None
+    assert await channel.wait_newer(-1, timeout_s=0.01) is None
+
+
+async def test_the_newest_is_what_everyone_gets(channel: WeightChannel) -> None:
+    await asyncio.to_thread(channel.publish, blob(0))
+    await asyncio.to_thread(channel.publish, blob(1))
+    assert contents(await channel.latest()) == (1, [1.0, 1.0, 1.0])
+    assert contents(await channel.wait_newer(-1, timeout_s=30)) == (1, [1.0, 1.0, 1.0])
+    assert await channel.wait_newer(1, timeout_s=0.01) is None
+
+
+async def test_the_probe_travels_along(channel: WeightChannel) -> None:
+    await asyncio.to_thread(channel.publish, blob(4))
+    got = await channel.latest()
+    assert got is not None
+    assert got.probe is not None
+    assert got.probe.token_ids.tolist() == [5, 6, 7]
+    assert got.probe.logprobs.tolist() == [-1.0, -4.0]
+
+
+async def test_publishing_wakes_every_waiter(channel: WeightChannel) -> None:
+    await asyncio.to_thread(channel.publish, blob(0))
+    waiters = [asyncio.create_task(channel.wait_newer(0, timeout_s=30)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await asyncio.to_thread(channel.publish, blob(5))
+    assert [contents(got)[0] for got in await asyncio.gather(*waiters)] == [5, 5, 5]
+
+
+async def test_versions_must_increase(channel: WeightChannel) -> None:
+    await asyncio.to_thread(channel.publish, blob(3))
+    for stale in (3, 2):
+        with pytest.raises(WeightSyncError, match="must increase"):
+            await asyncio.to_thread(channel.publish, blob(stale))
+    assert contents(await channel.latest())[0] == 3
+
+
+async def test_received_weights_are_read_only(channel: WeightChannel) -> None:
+    await asyncio.to_thread(channel.publish, blob(0))
+    got = await channel.latest()
+    assert got is not None
+    assert not got.buffer.flags.writeable
+
+
+@pytest.mark.slow
+async def test_a_ray_channel_pickles_and_serves_other_processes(local_ray: None) -> None:
+    import ray
+
+    channel = RayWeightChannel.create()
+
+    class Reader:
+        async def first(self, given: RayWeightChannel) -> tuple[int, float, bool]:
+            got = await given.wait_newer(-1, timeout_s=60)
+            assert got is not None
+            ((_, tensor),) = unpack(got)
+            return got.version, float(tensor.sum()), bool(got.buffer.flags.owndata)
+
+    try:
+        reader = ray.remote(num_cpus=0)(Reader).remote()
+        answer = reader.first.remote(pickle.loads(ray.cloudpickle.dumps(channel)))
+        large = pack(0, [("w", torch.ones(1 << 20))])
+        await asyncio.to_thread(channel.publish, large)
+        assert await answer == (0, float(1 << 20), False)
+    finally:
+        channel.close()
+
+
+@pytest.mark.slow
+async def test_a_dead_board_is_reported(local_ray: None) -> None:
+    channel = RayWeightChannel.create()
+    await channel.latest()
+    channel.close()
+    with pytest.raises(WeightSyncError, match="board is gone"):
+        await channel.latest()
+
+
+@pytest.mark.slow
+async def test_weights_lost_with_their_owner_count_as_never_published(local_ray: None) -> None:
+    import ray
+
+    channel = RayWeightChannel.create()
+
+    class Learner:
+        def publish(self, given: RayWeightChannel) -> None:
+            given.publish(pack(0, [("w", torch.ones(1 << 20))]))
+
+    learner = ray.remote(num_cpus=0)(Learner).remote()
+    try:
+        await learner.publish.remote(channel)
+        ray.kill(learner)
+        while await channel.latest() is not None:
+            pass
+        waiter = asyncio.create_task(channel.wait_newer(-1, timeout_s=60))
+        await asyncio.to_thread(channel.publish, blob(1))
+        assert contents(await waiter)[0] == 1
+    finally:
+        channel.close()

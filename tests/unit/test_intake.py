@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from cluster.errors import DeadlineError, StreamError
+from cluster.records import DeadLetter, PromptTask, decode, encode
+from cluster.streams import StreamName
+from cluster.streams_memory import MemoryStreams
+from learner.deck import DeckPrompt, PromptDeck, TaskTemplate
+from learner.intake import Intake, IntakeSettings
+from learner.ledger import Gate, Ledger
+from tests.unit.helpers import scored
+
+
+class Clock:
+    """Seconds set by the test; each reading moves it on, so that waiting loops end."""
+
+    def __init__(self, *, per_reading_s: float = 0.0) -> None:
+        self.now_s = 0.0
+        self._per_reading_s = per_reading_s
+
+    def __call__(self) -> float:
+        self.now_s += self._per_reading_s
+        return self.now_s
+
+
+class ImpatientStreams(MemoryStreams):
+    """Never waits, and may be told to fail its next calls to publish."""
+
+    failures = 0
+
+    async def claim(self, stream: StreamName, *, consumer: str, max_count: int, wait_s: float):  # type: ignore[no-untyped-def]
+        await asyncio.sleep(0)
+        return await super().claim(stream, consumer=consumer, max_count=max_count, wait_s=0.0)
+
+    async def publish(self, stream: StreamName, payloads: Sequence[bytes]) -> None:
+        if self.failures > 0:
+            self.failures -= 1
+            raise StreamError("server away")
+        await super().publish(stream, payloads)
+
+
+def make_intake(streams: MemoryStreams, clock: Clock, *, staleness: int = 0, steps: int = 10) -> Intake:
+    prompts = [DeckPrompt(f"p{number}", (1, number + 3), f"prompt {number}") for number in range(5)]
+    return Intake(
+        streams,
+        deck=PromptDeck(prompts, seed=1),
+        ledger=Ledger(task_deadline_s=100.0),
+        gate=Gate(batch_size=2, max_staleness=staleness, total_steps=steps),
+        template=TaskTemplate(incarnation="a", max_new_tokens=4, temperature=1.0, samples_per_prompt=1),
+        settings=IntakeSettings(batch_size=2, max_staleness=staleness, stall_timeout_s=50.0),
+        clock=clock,
+    )
+
+
+async def issued(streams: MemoryStreams) -> list[PromptTask]:
+    entries = await streams.claim(StreamName.PROMPTS, consumer="actor", max_count=100, wait_s=0.0)
+    await streams.settle(StreamName.PROMPTS, [entry.entry_id for entry in entries])
+    return [decode(entry.payload, PromptTask) for entry in entries]
+
+
+async def test_issues_what_the_gate_allows_and_trains_on_what_comes_back() -> None:
+    streams, stop = ImpatientStreams(), asyncio.Event()
+    intake = make_intake(streams, Clock(), staleness=1)
+    assert await intake.issue(step=0, version=0) == 4
+    tasks = await issued(streams)
+    await streams.publish(StreamName.SCORED, [encode(scored(task)) for task in reversed(tasks[:2])])
+    batch = await intake.take_batch(step=0, version=0, stop=stop)
+    assert batch is not None
+    assert [result.rollout.task.task_id for result in batch] == [task.task_id for task in tasks[:2]]
+    assert (await streams.depth(StreamName.SCORED)).in_flight == 0
+    assert await intake.issue(step=1, version=1) == 2
+
+
+async def test_a_dead_letter_is_counted_and_replaced() -> None:
+    streams, stop = ImpatientStreams(), asyncio.Event()
+    intake = make_intake(streams, Clock(), steps=1)
+    await intake.issue(step=0, version=0)
+    first, second = await issued(streams)
+    letter = DeadLetter(task=first, stage="reward", reason="NaN", deliveries=3)
+    await streams.publish(StreamName.DEAD, [encode(letter)])
+    await streams.publish(StreamName.SCORED, [encode(scored(second))])
+    taking = asyncio.create_task(intake.take_batch(step=0, version=0, stop=stop))
+    while not (replacement := await issued(streams)):
+        await asyncio.sleep(0)
+    await streams.publish(StreamName.SCORED, [encode(scored(replacement[0]))])
+    batch = await taking
+    assert batch is not None
+    counts = intake.ledger.counts
+    assert (counts.issued, counts.trained, counts.dead) == (3, 2, 1)
+
+
+async def test_overdue_tasks_are_issued_again_and_a_silent_service_ends_the_run() -> None:
+    streams, clock = ImpatientStreams(), Clock(per_reading_s=1.0)
+    intake = make_intake(streams, clock)
+    await intake.issue(step=0, version=0)
+    clock.now_s += 100.0
+    with pytest.raises(DeadlineError, match="no rollout was scored for 50 s"):
+        await intake.take_batch(step=0, version=0, stop=asyncio.Event())
+    assert [task.attempt for task in await issued(streams)] == [0, 0, 1, 1]
+
+
+async def test_tasks_wait_for_a_server_that_is_away() -> None:
+    streams = ImpatientStreams()
+    intake = make_intake(streams, Clock())
+    streams.failures = 1
+    await intake.issue(step=0, version=0)
+    assert await issued(streams) == []
+    await intake.issue(step=0, version=0)
+    assert len(await issued(streams)) == 2
+
+
+async def test_a_stop_ends_the_wait() -> None:
+    stop = asyncio.Event()
+    intake = make_intake(ImpatientStreams(), Clock())
+    taking = asyncio.create_task(intake.take_batch(step=0, version=0, stop=stop))
+    await asyncio.sleep(0)
+    stop.set()
+    assert await taking is None
+
+
+async def test_stale_samples_are_replaced() -> None:
+    streams, stop = ImpatientStreams(), asyncio.Event()
+    intake = make_intake(streams, Clock())
+    await intake.issue(step=0, version=0)
+    old = await issued(streams)
+    await streams.publish(StreamName.SCORED, [encode(scored(task, version=3)) for task in old])
+    taking = asyncio.create_task(intake.take_batch(step=0, version=5, stop=stop))
+    while not (fresh := await issued(streams)):
+        await asyncio.sleep(0)
+    await streams.publish(StreamName.SCORED, [encode(scored(task, version=5)) for task in fresh])
+    batch = await taking
+    assert batch is not None
+    assert intake.ledger.counts.stale_dropped == 2
+
+
+def test_the_deck_deals_every_prompt_once_a_pass_and_resumes_anywhere() -> None:
+    prompts = [DeckPrompt(f"p{number}", (1,), "") for number in range(7)]
+    whole = PromptDeck(prompts, seed=3)
+    dealt = [whole.deal().prompt_id for _ in range(14)]
+    assert sorted(dealt[:7]) == sorted(dealt[7:]) == [f"p{number}" for number in range(7)]
+    assert dealt[:7] != dealt[7:]
+    resumed = PromptDeck(prompts, seed=3, position=9)
+    assert [resumed.deal().prompt_id for _ in range(5)] == dealt[9:]
