@@ -156,6 +156,7 @@ class ScriptedEngine:
         self._failures: list[KeelError] = []
         self._dead: EngineDeadError | None = None
         self._paused = False
+        self._arrived = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
 
     @property
@@ -175,6 +176,7 @@ class ScriptedEngine:
             raise KeelError("a request of this id is in flight", got=request.request_id, do="use unique ids")
         pending = _Pending(request, self._answers(request), asyncio.get_running_loop().create_future())
         self._pending[request.request_id] = pending
+        self._arrived.set()
         if not self._manual and self._ticker is None:
             self._ticker = asyncio.get_running_loop().create_task(self._tick_forever())
         try:
@@ -196,6 +198,7 @@ class ScriptedEngine:
         self._version = blob.version
         self._probe_logprobs = None if blob.probe is None else blob.probe.logprobs
         self._paused = False
+        self._arrived.set()
         return SyncTimings(pause_s=0.0, load_s=0.0)
 
     async def probe(self, token_ids: Int32s) -> Float32s:
@@ -236,8 +239,12 @@ class ScriptedEngine:
 
     async def _tick_forever(self) -> None:
         while self._dead is None:
+            self._arrived.clear()
             self.tick()
-            await asyncio.sleep(self._token_s if self._pending else max(self._token_s, 0.001))
+            if self._pending and not self._paused:
+                await asyncio.sleep(self._token_s)
+            else:
+                await self._arrived.wait()
 
     def _advance(self, pending: _Pending) -> None:
         pending.starts.append((len(pending.starts), self._version))

@@ -24,7 +24,11 @@ class _ThreadedCore:
     """A multiprocessing.Process as far as vLLM uses one: start, sentinel, exitcode, is_alive, join, terminate."""
 
     def __init__(
-        self, *, target: Callable[..., None] | None = None, name: str = "EngineCore", kwargs: dict[str, Any] | None = None
+        self,
+        *,
+        target: Callable[..., None] | None = None,
+        name: str = "EngineCore",
+        kwargs: dict[str, Any] | None = None,
     ) -> None:
         del target  # It installs signal handlers, which only a process of its own may; `_run` does the rest of it.
         self.name, self.pid = name, os.getpid()
@@ -96,7 +100,7 @@ class _ThreadContext:
 
     Process = _ThreadedCore
 
-    def Queue(self, maxsize: int = 0) -> Queue[Any]:  # noqa: N802 - the name multiprocessing gives it
+    def Queue(self, maxsize: int = 0) -> Queue[Any]:
         return multiprocessing.get_context("spawn").Queue(maxsize)
 
 

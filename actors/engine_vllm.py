@@ -191,10 +191,10 @@ class VllmEngine:
 
     async def _final_output(self, request_id: str, prompt_ids: Int32s, params: Any) -> Any:
         async def last() -> Any:
-            output = None
+            final = None
             async for output in self._llm.generate({"prompt_token_ids": prompt_ids.tolist()}, params, request_id):
-                pass
-            return output
+                final = output
+            return final
 
         return await self._watched(last())
 

@@ -30,7 +30,7 @@ def land_in_memory_file(buffer: Bytes) -> Iterator[str]:
     this process's descriptor. No name in a file system: no orphan after a kill, and no /dev/shm size limit."""
     descriptor = os.memfd_create("keel-weights", os.MFD_CLOEXEC)
     try:
-        view = memoryview(buffer)
+        view = buffer.data
         while len(view):  # one write moves at most 2 GiB
             view = view[os.write(descriptor, view) :]
         yield f"file:/proc/{os.getpid()}/fd/{descriptor}"

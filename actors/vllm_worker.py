@@ -41,12 +41,12 @@ class WorkerPlugin:
 
 
 @dataclass
-class KeelInitInfo(WeightTransferInitInfo):
+class KeelInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """Nothing to agree on beforehand."""
 
 
 @dataclass
-class KeelUpdateInfo(WeightTransferUpdateInfo):
+class KeelUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """Where the buffer lies ("memory:<key>" or "file:<path>"), its size, and the manifest in columns."""
 
     location: str
@@ -61,7 +61,7 @@ class KeelUpdateInfo(WeightTransferUpdateInfo):
         return tuple(TensorEntry(name, dtype, tuple(shape), offset) for name, dtype, shape, offset in columns)
 
 
-class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):
+class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):  # type: ignore[misc]
     """One per worker. Raises WeightSyncError when a parameter of the model was not in the update."""
 
     init_info_cls = KeelInitInfo

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from cluster.errors import CheckpointError
 from cluster.files import Json, atomic_directory, atomic_write_text, remove_directory, remove_stale
 
@@ -38,6 +40,17 @@ SCHEMA_VERSION: Final = 1
 _NAME: Final = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _GROUP: Final = re.compile(r"[a-z][a-z0-9_]*")
 _LOG: Final = logging.getLogger(__name__)
+
+
+class _FileEntry(msgspec.Struct, frozen=True):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    schema_version: int
+    step: int
+    files: dict[str, _FileEntry]
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class CheckpointStore:
                 for group, named in tensors.items():
                     _write_tensors(directory / f"{group}.safetensors", named)
                 (directory / "state.json").write_text(text, encoding="utf-8")
-                (directory / "manifest.json").write_text(_manifest(step, directory), encoding="utf-8")
+                (directory / "manifest.json").write_bytes(_manifest(step, directory))
         except OSError as error:
             raise _write_error(step, self._directory, error) from error
         self._prune()
@@ -229,9 +242,9 @@ def _write_tensors(path: Path, named: Tensors) -> None:
         raise OSError(number, str(error), str(path)) from error
 
 
-def _manifest(step: int, directory: Path) -> str:
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(directory.iterdir())}
-    return json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "files": files}, indent=1)
+def _manifest(step: int, directory: Path) -> bytes:
+    files = {path.name: _FileEntry(path.stat().st_size, _sha256(path)) for path in sorted(directory.iterdir())}
+    return msgspec.json.encode(_Manifest(SCHEMA_VERSION, step, files))
 
 
 def _sha256(path: Path) -> str:
@@ -262,7 +275,7 @@ def _read(step: int, path: Path) -> Checkpoint:
         groups = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
         tensors = {group: load_file(path / f"{group}.safetensors") for group in groups}
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, msgspec.DecodeError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot read the checkpoint {path}", got=str(error), do="restore it from a copy"
         ) from error
@@ -270,17 +283,16 @@ def _read(step: int, path: Path) -> Checkpoint:
 
 
 def _verified_files(step: int, path: Path) -> list[str]:
-    """The names in the manifest, each with the size and sum it says. Raises OSError, ValueError."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or manifest.get("step") != step:
-        raise ValueError(f"manifest.json is not that of step {step}")
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"schema version {manifest.get('schema_version')}, this build reads {SCHEMA_VERSION}")
-    files: dict[str, Json] = manifest["files"]
-    for name, expected in files.items():
+    """The names in the manifest, each with the size and sum it says. Raises OSError, ValueError, DecodeError."""
+    manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=_Manifest)
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ValueError(f"schema version {manifest.schema_version}, this build reads {SCHEMA_VERSION}")
+    if manifest.step != step:
+        raise ValueError(f"manifest.json is that of step {manifest.step}, not {step}")
+    for name, expected in manifest.files.items():
         size = (path / name).stat().st_size
-        if size != expected["bytes"]:
-            raise ValueError(f"{name} has {size} bytes, its manifest says {expected['bytes']}")
-        if _sha256(path / name) != expected["sha256"]:
+        if size != expected.bytes:
+            raise ValueError(f"{name} has {size} bytes, its manifest says {expected.bytes}")
+        if _sha256(path / name) != expected.sha256:
             raise ValueError(f"{name} does not have the SHA-256 sum of its manifest")
-    return list(files)
+    return list(manifest.files)

@@ -156,3 +156,11 @@ def read_report(run_dir: Path) -> DataReport:
         return msgspec.json.decode(path.read_bytes(), type=DataReport)
     except (OSError, msgspec.DecodeError) as error:
         raise DataError(f"cannot read {path}", got=str(error), do="run the data stage again") from error
+
+
+def record_table(run_dir: Path, name: str, table: TableReport) -> DataReport:
+    """Add or replace one table's counts in report.json, for tables that a later stage makes (collected preferences)."""
+    report = read_report(run_dir)
+    report.tables[name] = table
+    write_report(run_dir, report)
+    return report

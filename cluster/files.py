@@ -6,6 +6,7 @@ all; of a JSON Lines file at most the last line is torn, and readers leave a tor
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -146,26 +147,42 @@ class JsonlWriter:
 class JsonlTail:
     """Reads a growing JSON Lines file piece by piece: each `read` gives the whole lines that are new since the last.
 
-    The file may not exist yet. Lines that are no JSON objects are left out: this reader is for displays.
+    The file may not exist yet. It may be cut back or replaced, as a resumed learner does: lines that it shares with
+    what was read stay read, those after them are new. Lines that are no JSON objects are left out: this reader is for
+    displays.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._inode = 0
         self._offset_bytes = 0
+        self._read_lines: list[int] = []
+        """Hash of each line that was read, to find where a replaced file departs."""
 
     def read(self) -> list[Json]:
         try:
             with self._path.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < self._offset_bytes:
-                    self._offset_bytes = 0
-                file.seek(self._offset_bytes)
+                status = os.fstat(file.fileno())
+                replaced = status.st_ino != self._inode or status.st_size < self._offset_bytes
+                start = 0 if replaced else self._offset_bytes
+                file.seek(start)
                 data = file.read()
         except FileNotFoundError:
             return []
         whole, newline, _ = data.rpartition(b"\n")
-        self._offset_bytes += len(whole) + len(newline)
-        records = (_parse_object(line) for line in whole.splitlines())
+        lines = whole.split(b"\n") if newline else []
+        if replaced:
+            shared = self._shared_with(lines)
+            self._read_lines, lines = self._read_lines[:shared], lines[shared:]
+        self._inode, self._offset_bytes = status.st_ino, start + len(whole) + len(newline)
+        self._read_lines.extend(map(hash, lines))
+        records = (_parse_object(line) for line in lines)
         return [record for record in records if record is not None]
+
+    def _shared_with(self, lines: list[bytes]) -> int:
+        """How many lines at the start were read before."""
+        pairs = zip(self._read_lines, map(hash, lines), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def read_jsonl(path: Path) -> list[Json]:

@@ -72,11 +72,14 @@ def trainer_arguments(settings: FitSettings, *, scratch: Path) -> dict[str, Any]
         "dataloader_pin_memory": False,
         "save_strategy": "no",
         "eval_strategy": "no",
-        "logging_steps": LOG_EVERY_STEPS,
+        "logging_steps": min(LOG_EVERY_STEPS, settings.steps),
         "logging_nan_inf_filter": False,
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        # Sequences of like length share a batch: a third less padding on the example world. Needs a `length` column.
+        "train_sampling_strategy": "group_by_length",
+        "length_column_name": "length",
     }
 
 
@@ -100,12 +103,20 @@ def progress_callback(emit: Emit, *, stage: str, steps: int, fields: dict[str, A
     return Progress()
 
 
+def silence_progress_bars() -> None:
+    """Hugging Face draws a bar for each load and save; the run has its own display."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
 def run_trainer(trainer: Any, *, stage: str) -> None:
     """Train without the printer that replaces the progress bar; then see that every weight is finite."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    trainer.model.config.use_cache = True  # the trainer switches it off and would save it so: slow generation
     for name, parameter in trainer.model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise NonFiniteError(
@@ -132,6 +143,8 @@ def whole_directory(target: Path, *, error: type[KeelError]) -> Iterator[Path]:
 
     A disk that fills up raises `error`; the half-written directory is removed and the old `target` stays.
     """
+    from safetensors import SafetensorError  # what a full disk raises while weights are written
+
     beside = target.with_name(target.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -139,7 +152,7 @@ def whole_directory(target: Path, *, error: type[KeelError]) -> Iterator[Path]:
         yield beside
         shutil.rmtree(target, ignore_errors=True)
         beside.replace(target)
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:
         raise error(
             f"cannot write {target}", got=str(cause), do="free some disk space or choose another runs_dir"
         ) from cause

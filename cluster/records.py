@@ -137,20 +137,29 @@ def encode(record: Record) -> bytes:
 def decode(payload: bytes, kind: type[_R]) -> _R:
     """Bytes → record of exactly `kind`. Raises CodecError on anything else, saying what the bytes are instead."""
     if len(payload) < 4 or payload[:2] != _MAGIC:
-        raise CodecError("not a Keel record", got=f"{len(payload)} bytes starting {payload[:8]!r}",
-                         do="check that nothing else writes to this run's streams")
+        raise CodecError(
+            "not a Keel record",
+            got=f"{len(payload)} bytes starting {payload[:8]!r}",
+            do="check that nothing else writes to this run's streams",
+        )
     version, code = payload[2], payload[3]
     if version != SCHEMA_VERSION:
-        raise CodecError("record of another schema version", got=f"version {version}, this build reads {SCHEMA_VERSION}",
-                         do="run one Keel version on every node")
+        raise CodecError(
+            "record of another schema version",
+            got=f"version {version}, this build reads {SCHEMA_VERSION}",
+            do="run one Keel version on every node",
+        )
     if code != _CODES[kind]:
         name = _TYPES[code].__name__ if code < len(_TYPES) else f"type {code}"
         raise CodecError(f"expected a {kind.__name__} record", got=name, do="check which stream this consumer reads")
     try:
         record: _R = _DECODERS[kind].decode(payload[4:])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CodecError(f"damaged {kind.__name__} record", got=f"{len(payload)} bytes: {error}",
-                         do="the entry is dead-lettered; look for a truncating proxy or a full disk") from error
+        raise CodecError(
+            f"damaged {kind.__name__} record",
+            got=f"{len(payload)} bytes: {error}",
+            do="the entry is dead-lettered; look for a truncating proxy or a full disk",
+        ) from error
     _check(record)
     return record
 

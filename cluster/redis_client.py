@@ -37,7 +37,7 @@ Arg = str | bytes | int | float
 
 Role = Literal["learner", "worker"]
 
-_CONNECTION_RULES: Final = ["+ping", "+hello", "+auth", "+client|setinfo", "+client|setname", "+info"]
+_CONNECTION_RULES: Final = ["+ping", "+hello", "+auth", "+info"]
 _SCRIPT_RULES: Final = ["+eval", "+evalsha", "+time", "+exists", "+pttl", "+pexpire"]
 _VALUE_RULES: Final = ["+get", "+mget", "+set", "+hset", "+hdel", "+hgetall"]
 _PRODUCER_RULES: Final = ["+xadd", "+xlen", "+xinfo|stream", "+xgroup|create"]
@@ -69,6 +69,18 @@ def address_of(url: str) -> str:
         return "an address that cannot be read"
 
 
+async def _cancellable(call: Awaitable[_Answer]) -> _Answer:
+    """`call`, cancelled when it is told to be. Before Python 3.12 `asyncio.wait_for`, through which redis-py writes,
+    loses a cancellation that arrives as its inner task ends; the task still counts it."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        return await call
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
 class Script:
     """A Lua script with its digest."""
 
@@ -81,6 +93,10 @@ class NoGroupError(Exception):
     """The consumer group is gone: the server restarted without its data, or was flushed. Never leaves this package."""
 
 
+class LostReplyError(Exception):
+    """A read's connection broke: the server may or may not have done it. Never leaves this package."""
+
+
 class RedisClient:
     """One server, two connection pools: one for commands, one for blocking reads, so that no read starves a command.
 
@@ -91,8 +107,8 @@ class RedisClient:
         self.address: Final = address_of(url)
         self._timeout_s = command_timeout_s
         self._try_s = command_timeout_s / _TRIES
-        self._commands = self._connect(url, timeout_s=self._try_s)
-        self._blocking = self._connect(url, timeout_s=BLOCK_LIMIT_S + max(3.0, self._try_s))
+        self._commands: Any = self._connect(url, timeout_s=self._try_s)
+        self._blocking: Any = self._connect(url, timeout_s=BLOCK_LIMIT_S + max(3.0, self._try_s))
 
     def __repr__(self) -> str:
         return f"RedisClient({self.address})"
@@ -108,12 +124,14 @@ class RedisClient:
                 socket_keepalive=True,
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
+                driver_info=None,
             )
         except (ValueError, TypeError):
-            # The cause is left out: it can quote a part of the password.
+            # Neither the URL nor the cause is quoted: they can hold the password, or a part of it.
+            known = url.split(":", 1)[0] in ("redis", "rediss", "unix")
             raise StreamError(
                 "the Redis URL cannot be read",
-                got=f"scheme {url.split(':', 1)[0][:12]!r}",
+                got="a bad host, port or database" if known else "none of redis://, rediss://, unix://",
                 do="write redis://[user:password@]host:port/0 or rediss://…, with special characters percent-encoded",
             ) from None
         return aioredis.Redis.from_pool(pool)
@@ -139,24 +157,27 @@ class RedisClient:
 
     async def read_once(self, *args: Arg) -> Any:
         """A read that may block up to BLOCK_LIMIT_S, sent once: its reply may be lost with the connection, so the
-        caller must look for what it was given before it tries again. Connection errors come as they are."""
+        caller must look for what it was given before it tries again. Raises LostReplyError then, else as elsewhere."""
+        what = str(args[0])
         try:
-            return await self._blocking.execute_command(*args)
+            return await _cancellable(self._blocking.execute_command(*args))
         except refused.ResponseError as error:
-            raise self._refusal(error, what=str(args[0])) from error
+            raise self._refusal(error, what=what) from error
+        except (refused.RedisError, OSError) as error:
+            if self._is_transient(error):
+                raise LostReplyError(str(error)) from error
+            raise self._explain(error, what=what) from error
 
-    def is_transient(self, error: Exception) -> bool:
+    def _is_transient(self, error: Exception) -> bool:
         """Lost connections and a server that is loading: worth another try. A refused password is not."""
         if isinstance(error, refused.AuthenticationError | refused.AuthorizationError):
             return False
         return isinstance(error, refused.ConnectionError | refused.TimeoutError | OSError)
 
-    def explain(self, error: Exception, *, what: str) -> StreamError:
+    def _explain(self, error: Exception, *, what: str) -> StreamError:
         """The StreamError for whatever redis-py raised."""
         text = str(error)
         at = f"{self.address} ({what})"
-        if isinstance(error, StreamError):
-            return error
         if isinstance(error, refused.AuthenticationError | refused.AuthorizationError):
             return StreamError(
                 "Redis refused the user name or password",
@@ -173,7 +194,7 @@ class RedisClient:
                 got=f"{at}, {self._timeout_s:g} s",
                 do="check that the server runs and is not stalled; raise redis.command_timeout_s for a slow network",
             )
-        if self.is_transient(error):
+        if self._is_transient(error):
             return StreamError(
                 "Redis cannot be reached",
                 got=f"{at}: {text}",
@@ -207,7 +228,7 @@ class RedisClient:
     def _refusal(self, error: refused.ResponseError, *, what: str) -> Exception:
         if "NOGROUP" in str(error):
             return NoGroupError(str(error))
-        return self.explain(error, what=what)
+        return self._explain(error, what=what)
 
     async def _with_retries(self, send: Callable[[], Awaitable[_Answer]], *, what: str) -> _Answer:
         """`send`, again after lost connections until the deadline: a restarting server costs time, not the run."""
@@ -217,14 +238,14 @@ class RedisClient:
             remaining_s = deadline_s - time.monotonic()
             try:
                 async with asyncio.timeout(remaining_s):
-                    return await send()
+                    return await _cancellable(send())
             except refused.ResponseError as error:
                 raise self._refusal(error, what=what) from error
             except (refused.RedisError, OSError, TimeoutError) as error:
                 pause_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
                 failures += 1
-                if not self.is_transient(error) or time.monotonic() + pause_s >= deadline_s:
-                    raise self.explain(error, what=what) from error
+                if not self._is_transient(error) or time.monotonic() + pause_s >= deadline_s:
+                    raise self._explain(error, what=what) from error
                 await asyncio.sleep(pause_s)
 
     async def check(self, keys: Keys) -> None:

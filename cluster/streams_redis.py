@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 
 from cluster.errors import StreamError
 from cluster.keys import GROUP, PAYLOAD_FIELD, TOKEN_TTL_S, Keys
-from cluster.redis_client import BLOCK_LIMIT_S, NoGroupError, RedisClient, Script
+from cluster.redis_client import BLOCK_LIMIT_S, Arg, LostReplyError, NoGroupError, RedisClient, Script
 from cluster.stores import Clock
 from cluster.streams import Delivery, Depth, StreamName
 
@@ -176,7 +176,7 @@ class RedisStreams:
 
     async def advance(self, source: StreamName, entry_id: str, *, target: StreamName, payload: bytes) -> bool:
         keys = [self._new_token(), self._keys.stream(source), self._keys.stream(target)]
-        args = [_TOKEN_TTL_MS, PAYLOAD_FIELD, GROUP, entry_id, payload]
+        args: list[Arg] = [_TOKEN_TTL_MS, PAYLOAD_FIELD, GROUP, entry_id, payload]
         advanced = await self._client.script(_ADVANCE, keys=keys, args=args)
         self._forget(source, [entry_id])
         return bool(advanced)
@@ -236,7 +236,7 @@ class RedisStreams:
         state.held = {entry_id: until_s for entry_id, until_s in state.held.items() if until_s > now_s}
         key, found = self._keys.stream(stream), list[Delivery]()
         if state.must_recover:
-            args = [GROUP, consumer, max_count, *state.held]
+            args: list[Arg] = [GROUP, consumer, max_count, *state.held]
             reply = await self._client.script(_RECOVER, keys=[key], args=args)
             found += _deliveries(reply)
             state.must_recover = len(found) == max_count
@@ -257,9 +257,9 @@ class RedisStreams:
         """New entries; blocks at most to the next sweep. Sent once: a reply that is lost is looked for afterwards."""
         until_sweep_s = max(0.0, state.sweep_due_s - self._clock())
         block_ms = int(1000 * min(wait_s, until_sweep_s, BLOCK_LIMIT_S))
-        block = ["BLOCK", max(1, block_ms)] if wait_s > 0 else []
+        block: list[Arg] = ["BLOCK", max(1, block_ms)] if wait_s > 0 else []
         key = self._keys.stream(stream)
-        read = ["XREADGROUP", "GROUP", GROUP, consumer, "COUNT", max_count, *block, "STREAMS", key, ">"]
+        read: list[Arg] = ["XREADGROUP", "GROUP", GROUP, consumer, "COUNT", max_count, *block, "STREAMS", key, ">"]
         state.must_recover = True
         reply = await self._in_group(stream, lambda: self._read_or_recover(read))
         if reply is None:
@@ -268,18 +268,12 @@ class RedisStreams:
         entries = [entry for _, entries in reply for entry in entries] if reply else []
         return _deliveries([(entry_id, next(iter(fields.values()), b""), 1) for entry_id, fields in entries])
 
-    async def _read_or_recover(self, read: Sequence[str | int]) -> Any:
-        """The reply, or None where the connection was lost: then the next round asks for what it brought. The round
-        after runs under the command deadline, so a server that stays away is reported there."""
+    async def _read_or_recover(self, read: Sequence[Arg]) -> Any:
+        """The reply, or None where the connection was lost: then the next round asks for what it brought. The PING
+        runs under the command deadline, so a server that stays away is reported."""
         try:
             return await self._client.read_once(*read) or ()
-        except StreamError:
-            raise
-        except NoGroupError:
-            raise
-        except Exception as error:
-            if not self._client.is_transient(error):
-                raise self._client.explain(error, what="XREADGROUP") from error
+        except LostReplyError:
             await asyncio.sleep(_PAUSE_S)
             await self._client.command("PING")
             return None

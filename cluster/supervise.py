@@ -117,8 +117,10 @@ class RolePool:
     @property
     def states(self) -> dict[str, int]:
         """Workers by state, for the metric of that name."""
-        ready = len(self.handles)
-        return {"ready": ready, "starting": len(self._slots) - ready}
+        slots = list(self._slots.values())
+        up = sum(slot.info is not None for slot in slots)
+        restarting = sum(slot.info is None and slot.incarnation > 0 for slot in slots)
+        return {"running": up, "restarting": restarting, "starting": len(slots) - up - restarting}
 
     def stop(self, *, grace_s: float) -> None:
         """Ask every process to stop, wait up to `grace_s`, then kill what is left."""

@@ -4,8 +4,8 @@ Consumes: blobs from the learner's process. Produces: read-only, zero-copy views
 Waits for: the board's answer and the payload's arrival, each with a deadline. Who unblocks a long poll: the board, at
 the next `publish` or at the poll's timeout.
 Always holds: the board keeps a reference to the newest payload only; older ones are freed when their last reader lets
-go. The learner's process owns the payload: when it dies before an actor has fetched, that version counts as never
-published, and consumers wait for the next.
+go. The board's process owns the payload, so the learner's death loses no weights; should the board's node go down, the
+versions it held count as never published, and consumers wait for the next.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cluster.errors import DeadlineError, WeightSyncError
-from cluster.weights import Probe, TensorEntry, WeightBlob, check_newer
+from cluster.weights import Bytes, Probe, TensorEntry, WeightBlob, check_newer
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -44,11 +44,17 @@ class WeightBoard:
         self._newest: Notice | None = None
         self._changed = asyncio.Event()
 
-    async def publish(self, notice: Notice) -> int | None:
-        """None when taken; otherwise the version that stands in its way."""
-        if self._newest is not None and notice.version <= self._newest.version:
+    async def publish(
+        self, version: int, manifest: tuple[TensorEntry, ...], probe: Probe | None, buffer: Bytes
+    ) -> int | None:
+        """None when taken; otherwise the version that stands in its way. `buffer` arrives as a view of the caller's
+        object; the copy put here belongs to this process and outlives the caller."""
+        import ray
+
+        if self._newest is not None and version <= self._newest.version:
             return self._newest.version
-        self._newest = notice
+        # Not in a thread: no later `publish` may overtake this one. Long polls can wait out a memory copy.
+        self._newest = Notice(version=version, manifest=manifest, probe=probe, payload=(ray.put(buffer),))
         self._changed.set()
         self._changed = asyncio.Event()
         return None
@@ -70,8 +76,8 @@ class WeightBoard:
 class RayWeightChannel:
     """A WeightChannel for processes of one Ray cluster. Picklable: pass it to other actors as it is.
 
-    `call_timeout_s` bounds a board's answer (on top of a long poll's own timeout), `fetch_timeout_s` a payload's
-    arrival on this node. Raises DeadlineError when they pass, WeightSyncError when the board is gone.
+    `call_timeout_s` bounds a board's answer (on top of a long poll's own timeout), `fetch_timeout_s` a payload's way
+    from node to node. Raises DeadlineError when they pass, WeightSyncError when the board is gone.
     """
 
     board: Any
@@ -104,12 +110,11 @@ class RayWeightChannel:
 
         if blob.version < 0:
             raise WeightSyncError("a policy version cannot be negative", got=str(blob.version))
-        reference = ray.put(blob.buffer)
-        notice = Notice(version=blob.version, manifest=blob.manifest, probe=blob.probe, payload=(reference,))
+        answer = self.board.publish.remote(blob.version, blob.manifest, blob.probe, blob.buffer)
         try:
-            obstacle = ray.get(self.board.publish.remote(notice), timeout=self.call_timeout_s)
+            obstacle = ray.get(answer, timeout=self.fetch_timeout_s)
         except ray.exceptions.GetTimeoutError as error:
-            raise _late(f"publishing weights {blob.version}", self.call_timeout_s) from error
+            raise _late(f"publishing weights {blob.version}", self.fetch_timeout_s) from error
         except ray.exceptions.RayActorError as error:
             raise _board_gone(error) from error
         check_newer(blob.version, than_version=obstacle)
@@ -146,7 +151,7 @@ class RayWeightChannel:
             raise _board_gone(error) from error
 
     async def _fetch(self, notice: Notice) -> WeightBlob | None:
-        """The notice's blob, or None when its owner died before the payload came here."""
+        """The notice's blob, or None when the board died before the payload came here."""
         import ray
 
         try:
@@ -154,7 +159,7 @@ class RayWeightChannel:
                 notice.payload[0], timeout_s=self.fetch_timeout_s, what=f"fetching weights {notice.version}"
             )
         except ray.exceptions.ObjectLostError as error:
-            _log.warning("weights %d were lost with their owner, waiting for newer ones: %s", notice.version, error)
+            _log.warning("weights %d were lost with the board, waiting for newer ones: %s", notice.version, error)
             return None
         if not isinstance(buffer, np.ndarray) or buffer.dtype != np.uint8:
             raise WeightSyncError(f"weights {notice.version} are no byte array", got=str(type(buffer)))

@@ -20,10 +20,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a preset's name (see `keel presets`).")]
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or a preset's name (see `keel presets`).")
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key: --set learner.kl.target_nats_per_sequence=6. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override one key: --set learner.kl.target_nats_per_sequence=6. Repeatable."
+    ),
 ]
 
 
@@ -33,7 +37,9 @@ def train(
     overrides: SetOption = None,
     stages: Annotated[str | None, typer.Option(help="Only these stages, comma-separated, e.g. ppo,evaluate.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run of this name stopped.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier run of this name is moved aside.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over; an earlier run of this name is moved aside.")
+    ] = False,
 ) -> None:
     """Run the whole job, or the stages asked for: data, sft, collect, rm, ppo, evaluate, report.
 
@@ -47,6 +53,9 @@ def train(
     run_config = load_config(config, overrides=chosen)
     if resume and fresh:
         raise ConfigError("--resume and --fresh exclude each other", do="give one of them")
+    from keel.ray_environment import prepare_ray_environment
+
+    prepare_ray_environment()
     from keel.pipeline import run_pipeline
 
     raise typer.Exit(run_pipeline(run_config, resume=resume, fresh=fresh))
@@ -87,7 +96,9 @@ def presets() -> None:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/demo; it may still be running.")]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/demo; it may still be running.")],
+) -> None:
     """Write report.html for a run, finished or not."""
     from keel.report import write_report
 
@@ -113,7 +124,9 @@ def generate(
 
 @app.command("reward-worker")
 def reward_worker(
-    redis: Annotated[str, typer.Option(envvar="KEEL_REDIS_URL", help="redis:// or rediss:// URL, with user and password.")],
+    redis: Annotated[
+        str, typer.Option(envvar="KEEL_REDIS_URL", help="redis:// or rediss:// URL, with user and password.")
+    ],
     run: Annotated[Path, typer.Option(help="The run's directory (shared storage), with rm/ and sft/model.")],
     index: Annotated[int, typer.Option(help="Number of this worker; must differ between workers of a run.")] = 1000,
 ) -> None:
@@ -125,7 +138,9 @@ def reward_worker(
 
 def _existing_run(path: Path) -> Path:
     if not (path / "config.yaml").is_file():
-        raise ConfigError("not a run directory", got=str(path), do="give a directory that `keel train` made, e.g. runs/demo")
+        raise ConfigError(
+            "not a run directory", got=str(path), do="give a directory that `keel train` made, e.g. runs/demo"
+        )
     return path
 
 

@@ -4,8 +4,10 @@ Consumes: `progress.jsonl` and `metrics.jsonl` of the run directory, by tailing,
 another process. Produces: text. Waits for: nothing; the driver polls `refresh`. Always holds: a missing file, an
 unknown stage or a record without some field shows as a gap, never as an error.
 
-progress.jsonl: {"t": unix seconds, "stage", "event": "start" | "progress" | "end", "step", "steps", …}
+progress.jsonl: {"t": unix seconds, "stage", "event": "start" | "progress" | "end" | "skip", "step", "steps", "loss",
+                "note", "seconds"}; a record without an event is progress
 metrics.jsonl:  one record a PPO step
+config.yaml:    learner.steps, for the ETA
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from cluster.errors import ConfigError
 from cluster.files import Json, JsonlTail
+from configs.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -56,6 +60,10 @@ def seconds_text(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def event_of(record: Json) -> str:
+    return str(record.get("event", "progress"))
+
+
 @dataclass
 class StageView:
     """What is known of one stage."""
@@ -63,26 +71,35 @@ class StageView:
     name: str
     started_s: float | None = None
     ended_s: float | None = None
+    took_s: float | None = None
+    """Its own account of its time, once it is over."""
+    skipped: bool = False
+    """Done in an earlier run that this one resumes."""
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
+    note: str = ""
 
     def apply(self, record: Json) -> None:
-        event, at_s = record.get("event"), number(record, "t")
+        event, at_s = event_of(record), number(record, "t")
         if event == "start":
-            self.started_s, self.ended_s, self.step, self.loss = at_s, None, None, None
-        elif event == "end":
-            self.ended_s = at_s
+            self.started_s, self.ended_s, self.took_s, self.skipped = at_s, None, None, False
+            self.step, self.loss = None, None
+        elif event in ("end", "skip"):
+            self.started_s = at_s if self.started_s is None else self.started_s
+            self.ended_s, self.took_s, self.skipped = at_s, number(record, "seconds"), event == "skip"
         elif self.started_s is None:
             self.started_s = at_s
+        note = record.get("note")
+        self.note = note if isinstance(note, str) else ""
         step, steps, loss = number(record, "step"), number(record, "steps"), number(record, "loss")
         self.step = self.step if step is None else int(step)
         self.steps = self.steps if steps is None else int(steps)
         self.loss = self.loss if loss is None else loss
 
     def seconds(self, now_s: float) -> float | None:
-        if self.started_s is None:
-            return None
+        if self.took_s is not None or self.started_s is None:
+            return self.took_s
         return max(0.0, (self.ended_s if self.ended_s is not None else now_s) - self.started_s)
 
     @property
@@ -104,10 +121,11 @@ class RunView:
     step: Json = field(default_factory=dict)
     """The newest PPO step's record."""
     recent_step_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
+    total_steps: int | None = None
 
     @classmethod
-    def of(cls, stages: Iterable[str]) -> RunView:
-        return cls(stages={name: StageView(name) for name in stages})
+    def of(cls, stages: Iterable[str], *, total_steps: int | None = None) -> RunView:
+        return cls(stages={name: StageView(name) for name in stages}, total_steps=total_steps)
 
     def apply_progress(self, record: Json) -> StageView | None:
         """The stage that `record` is about; one not announced is added at the end. None for a record without stage."""
@@ -127,15 +145,14 @@ class RunView:
     @property
     def eta_s(self) -> float | None:
         """Seconds to the end of PPO, at the mean of recent steps."""
-        ppo, step = self.stages.get("ppo"), number(self.step, "step")
-        if ppo is None or ppo.steps is None or step is None or not self.recent_step_s:
+        step = number(self.step, "step")
+        if self.total_steps is None or step is None or not self.recent_step_s:
             return None
-        return max(0.0, ppo.steps - step) * sum(self.recent_step_s) / len(self.recent_step_s)
+        return max(0.0, self.total_steps - step) * sum(self.recent_step_s) / len(self.recent_step_s)
 
     @property
     def step_position(self) -> str:
-        ppo = self.stages.get("ppo")
-        total = f"/{ppo.steps}" if ppo is not None and ppo.steps else ""
+        total = f"/{self.total_steps}" if self.total_steps else ""
         return _text(self.step, "step", "{:.0f}") + total
 
 
@@ -145,8 +162,8 @@ class RunView:
 def stage_line(stage: StageView, *, now_s: float) -> str:
     """One log line for the start or end of a stage, or a step of it."""
     if stage.state == "done":
-        return f"[{stage.name}] done in {seconds_text(stage.seconds(now_s))}"
-    parts = [f"[{stage.name}]", stage.position or "started"]
+        return f"[{stage.name}] done {'earlier, ' if stage.skipped else ''}in {seconds_text(stage.seconds(now_s))}"
+    parts = [f"[{stage.name}]", stage.position or stage.note or "started"]
     if stage.loss is not None:
         parts.append(f"loss {stage.loss:.3f}")
     return " ".join(parts)
@@ -175,6 +192,15 @@ def _readings(view: RunView) -> list[tuple[str, str]]:
     ]
 
 
+def _total_steps(run_dir: Path) -> int | None:
+    """learner.steps of the run's own configuration; None when there is none yet, as for a foreign directory."""
+    try:
+        raw = parse_yaml((run_dir / "config.yaml").read_text(encoding="utf-8"), where="config.yaml")
+        return int(raw["learner"]["steps"])
+    except (OSError, ValueError, TypeError, KeyError, ConfigError):
+        return None
+
+
 class Display:
     """Shows one run while it runs. `refresh` reads what is new and shows it; call it about once a second.
 
@@ -198,7 +224,7 @@ class Display:
         self._progress, self._metrics = JsonlTail(run_dir / "progress.jsonl"), JsonlTail(run_dir / "metrics.jsonl")
         self._live: Live | None = None
         self._line_at_s: dict[str, float] = {}
-        self.view = RunView.of(stages)
+        self.view = RunView.of(stages, total_steps=_total_steps(run_dir))
 
     def __enter__(self) -> Display:
         self._read(lambda line: None)
@@ -237,7 +263,7 @@ class Display:
             show(step_line(self.view))
 
     def _deserves_line(self, stage: str, record: Json) -> bool:
-        if record.get("event") != "progress":
+        if event_of(record) != "progress" or record.get("note"):
             return True
         # A step of PPO has its own, fuller line, from its metrics.
         if stage == "ppo":
@@ -264,7 +290,9 @@ class Display:
         marks = {"waiting": "[dim]·[/dim]", "running": "[yellow]▶[/yellow]", "done": "[green]✓[/green]"}
         table = Table.grid(padding=(0, 2))
         for stage in self.view.stages.values():
-            detail = stage.position + (f"  loss {stage.loss:.3f}" if stage.loss is not None else "")
+            detail = "  ".join(
+                filter(None, (stage.position, "" if stage.loss is None else f"loss {stage.loss:.3f}", stage.note))
+            )
             table.add_row(marks[stage.state], stage.name, seconds_text(stage.seconds(now_s)), detail)
         return table
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from cluster.errors import DeadlineError
 from cluster.files import atomic_write_text, read_jsonl
+from cluster.plugin import resolve
 from cluster.supervise import RolePool
-from keel.plugin import resolve
 from keel.roles import Roles
 from keel.runtime import Runtime, wait_for
 from keel.sampling import Answer, Question, answer_all, load_questions

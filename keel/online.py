@@ -7,13 +7,13 @@ import logging
 import time
 from typing import Any
 
-from cluster.errors import SupervisionError
-from cluster.files import atomic_write_text
-from keel.discovery import discovery
+from cluster.files import JsonlTail, atomic_write_text
 from keel.evaluate import evaluate_policy
 from keel.interrupt import InterruptedRun
+from keel.overseer import Overseer
 from keel.roles import Roles
 from keel.runtime import Runtime
+from keel.trackers import open_trackers
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,12 @@ def run_online(runtime: Runtime, roles: Roles) -> None:
         started_s = time.monotonic()
     learner = roles.learner()
     info = learner.wait_ready(runtime.tick)[0]
-    with discovery(runtime, roles):
+    states = lambda: {pool.role.name: pool.states for pool in roles.running}  # noqa: E731
+    with Overseer(runtime.config, run_dir=runtime.run.path, redis_url=runtime.redis_url, workers=states) as overseer:
+        runtime.run.emit(stage="ppo", event="progress", note=f"Prometheus targets: {overseer.discovery_url}")
         for pool in (rollout, reward, learner):
             pool.run()
-        _watch(runtime, roles, started_s=started_s)
+        _watch(runtime, roles, overseer=overseer, started_s=started_s)
     ending = learner.results[0]
     roles.stop("learner")
     log.info("learner: from step %s, ended: %s", info.get("step"), ending)
@@ -42,24 +44,30 @@ def run_online(runtime: Runtime, roles: Roles) -> None:
         raise InterruptedRun("stopped on request; a checkpoint is saved", do="go on with the same command and --resume")
 
 
-def _watch(runtime: Runtime, roles: Roles, *, started_s: float) -> None:
-    learner = roles.learner()
+def _watch(runtime: Runtime, roles: Roles, *, overseer: Overseer, started_s: float) -> None:
+    learner, config = roles.learner(), runtime.config
+    metrics = JsonlTail(runtime.run.path / "metrics.jsonl")
+    trackers = open_trackers(config.metrics.trackers, run_dir=runtime.run.path, config=config.model_dump(mode="json"))
     asked = first_rollout_seen = False
-    metrics = runtime.run.path / "metrics.jsonl"
 
     def finished() -> bool:
         nonlocal asked, first_rollout_seen
+        if overseer.error is not None:
+            raise overseer.error
         if runtime.stop.requested and not asked:
             asked = True
             for handle in learner.handles:
                 handle.stop.remote()
         if not first_rollout_seen:
             first_rollout_seen = _note_first_rollout(runtime, roles, started_s=started_s)
+        for record in metrics.read():
+            trackers.log(record)
         return learner.finished
 
-    roles.watch(finished)
-    if not metrics.exists():
-        raise SupervisionError("the learner ended without a step", got="no metrics.jsonl", do="look at logs/learner.log")
+    try:
+        roles.watch(finished)
+    finally:
+        trackers.close()
 
 
 def _note_first_rollout(runtime: Runtime, roles: Roles, *, started_s: float) -> bool:

@@ -1,19 +1,20 @@
 """The job: its stages in order, each skipped when it is done already.
 
-    data → sft → collect → rm → ppo → evaluate → report
+data → sft → collect → rm → ppo → evaluate → report
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
 from configs.run import STAGES, RunConfig, Stage
 from keel.display import Display
 from keel.interrupt import InterruptedRun, stop_on_signal
+from keel.roles import Roles
 from keel.rundir import RunDirectory, open_run
 from keel.runtime import Runtime
-from keel.roles import Roles
 from keel.stages import STAGE_FUNCTIONS
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
                 with Runtime(config, run, stop=stop, refresh=display.refresh) as runtime:
                     roles = Roles(runtime)
                     for stage in wanted:
-                        _run_stage(stage, run, lambda stage=stage: STAGE_FUNCTIONS[stage](runtime, roles))
+                        _run_stage(stage, run, functools.partial(STAGE_FUNCTIONS[stage], runtime, roles))
                         stop.check()
             except InterruptedRun as error:
                 print(f"keel: {error}", flush=True)

@@ -73,8 +73,10 @@ def chart_svg(chart: Chart, steps: Sequence[Json]) -> str | None:
 
 
 def gold_against_distance_svg(steps: Sequence[Json]) -> str | None:
-    """Gold reward against √KL, the axes of Gao et al. 2022 ("Scaling laws for reward model overoptimization"): gold that
-    falls while the distance grows is over-optimisation. None without both values in some step."""
+    """Gold reward against √KL, the axes of Gao et al. 2022, "Scaling laws for reward model overoptimization".
+
+    Gold that falls while the distance grows is over-optimisation. None without both values in some step.
+    """
     points = [(math.sqrt(max(0.0, kl)), gold) for kl, gold in _points(steps, "kl_nats_per_sequence", "gold_mean")]
     if not points:
         return None
@@ -82,7 +84,7 @@ def gold_against_distance_svg(steps: Sequence[Json]) -> str | None:
     distance_x, gold_y = zip(*points, strict=True)
     axes.plot(distance_x, gold_y, color="#d0d7de", linewidth=1)
     marks = axes.scatter(distance_x, gold_y, c=range(len(points)), cmap="viridis", s=14, zorder=3)
-    figure.colorbar(marks, ax=axes, label="order of steps", ticks=[])
+    figure.colorbar(marks, ax=axes, ticks=[]).set_label("order of steps", fontsize=8)
     return _encoded(figure)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,17 +196,26 @@ def _stages(seconds: Mapping[str, float]) -> str:
 def _summary_table(summary: Json) -> str:
     rows = "".join(
         f'<tr><td>{html.escape(key)}</td><td class="number">{html.escape(_value_text(value))}</td></tr>'
-        for key, value in summary.items()
-        if key != "stage_seconds"
+        for key, value in _flat(summary, "")
+        if not key.startswith("stage_seconds.")
     )
     return f'<h2>Summary</h2>\n<table class="narrow">{rows}</table>' if rows else ""
+
+
+def _flat(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
+    """Nested sections as dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _value_text(value: object) -> str:
     if value is None:
         return GAP
     if isinstance(value, float):
-        return f"{value:,.4f}" if abs(value) < 1e4 else f"{value:,.0f}"
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

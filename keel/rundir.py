@@ -1,7 +1,7 @@
 """The directory of one run: who owns it, which stages are done, and the progress that the display reads.
 
-    config.yaml  data/  sft/  rm/  checkpoints/  policy/  eval/  logs/
-    progress.jsonl  metrics.jsonl  samples.jsonl  stages.json  summary.json  report.html
+config.yaml  data/  sft/  rm/  checkpoints/  policy/  eval/  logs/
+progress.jsonl  metrics.jsonl  samples.jsonl  stages.json  summary.json  report.html
 """
 
 from __future__ import annotations

@@ -20,21 +20,13 @@ from typing import Any
 
 import psutil
 
-from cluster.run_redis import RunRedis
 from cluster.redis_server import EmbeddedServer
+from cluster.run_redis import RunRedis
 from configs.run import RunConfig
 from keel.interrupt import StopRequest
 from keel.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
-
-_RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-}
-
 
 class Runtime:
     """Started lazily: a run of offline stages needs no queue server."""
@@ -89,8 +81,6 @@ class Runtime:
     @cached_property
     def ray(self) -> Any:
         """The ray module, connected."""
-        for key, value in _RAY_ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
         import ray
 
         address = self.config.ray.address
@@ -113,9 +103,9 @@ class Runtime:
         from cluster.supervise import unwrapped
 
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        task = ray.remote(function).options(
+        task = ray.remote(
             num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": environment}
-        )
+        )(function)
         reference = task.remote(*args)
         try:
             while not ray.wait([reference], timeout=0.3)[0]:

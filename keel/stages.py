@@ -20,7 +20,7 @@ from keel.runtime import Runtime
 
 def _offline(stage_path: str, config: RunConfig, run_dir: Path) -> None:
     """Body of a stage's Ray task. Imports there, so that the driver never loads a trainer."""
-    from keel.plugin import resolve
+    from cluster.plugin import resolve
 
     resolve(stage_path, key="stage")(config, run_dir, functools.partial(append_progress, run_dir))
 
@@ -33,9 +33,12 @@ def data(runtime: Runtime, roles: Roles) -> None:
 
 
 def _make_model(config: RunConfig, run_dir: Path) -> None:
+    from cluster.data import fit_data
+    from cluster.text import load_tokenizer
     from learner.model_init import make_model
 
-    make_model(config, run_dir)
+    initial = make_model(config, run_dir)
+    fit_data(config, run_dir, tokenizer=load_tokenizer(initial.tokenizer_dir))
 
 
 def sft(runtime: Runtime, roles: Roles) -> None:

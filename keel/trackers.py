@@ -93,8 +93,12 @@ def open_trackers(names: Sequence[TrackerName], *, run_dir: Path, config: Mappin
     Raises ConfigError naming the package to install when one is missing.
     """
     opened: dict[str, Tracker] = {}
-    for name in names:
-        opened[name] = TensorBoardTracker(run_dir) if name == "tensorboard" else WandbTracker(run_dir, config)
+    try:
+        for name in names:
+            opened[name] = TensorBoardTracker(run_dir) if name == "tensorboard" else WandbTracker(run_dir, config)
+    except BaseException:
+        Trackers(opened).close()
+        raise
     return Trackers(opened)
 
 

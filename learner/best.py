@@ -55,16 +55,17 @@ class BestPolicy:
 
     def to_state(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"best": self._best if self._window and self._best > float("-inf") else None, "window": list(self._window)}
+        return {
+            "best": self._best if self._window and self._best > float("-inf") else None,
+            "window": list(self._window),
+        }
 
     def from_state(self, state: Mapping[str, Any]) -> None:
         """Inverse of to_state."""
         self._best = float("-inf") if state["best"] is None else float(state["best"])
         self._window.extend((float(score), float(share)) for score, share in state["window"])
 
-    def _write(
-        self, name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase, note: Mapping[str, float]
-    ) -> None:
+    def _write(self, name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase, note: Mapping[str, float]) -> None:
         target = self._directory / name
         try:
             if target.exists():
@@ -75,5 +76,7 @@ class BestPolicy:
                 (beside / "keel.json").write_text(json.dumps(note))
         except OSError as error:
             raise CheckpointError(
-                f"cannot write policy/{name}", got=str(error), do="free disk space, then --resume; checkpoints are intact"
+                f"cannot write policy/{name}",
+                got=str(error),
+                do="free disk space, then --resume; checkpoints are intact",
             ) from error

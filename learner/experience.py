@@ -24,8 +24,8 @@ from learner.policy import Policy
 
 CPU_OVERHEAD_TOKENS = 96
 GPU_OVERHEAD_TOKENS = 8192
-"""What one more forward pass costs, in tokens of padding: about this on one core with 1 M parameters; on a GPU kernels are
-so fast that only much padding is worth another launch."""
+"""What one more forward pass costs, in tokens of padding: on one core with 1 M parameters, about this; on a GPU kernels
+are so fast that only much padding is worth another launch."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,7 @@ def make_experience(
     """
     if settings.advantages in NEEDS_CRITIC and critic is None:
         raise ConfigError(f"learner.advantages {settings.advantages} needs a critic", do="give one, or use reinforce")
-    batch = batch.to(policy.device)
-    scores_B = scores_B.to(policy.device)
+    batch, scores_B = batch.to(policy.device), scores_B.to(policy.device)
     mask_BT = batch.mask_BT
     used_critic = critic if settings.advantages in NEEDS_CRITIC else None
     prox_BT, entropy_BT, values_BT = _forward(batch, policy, used_critic, settings.token_budget)

@@ -55,9 +55,13 @@ class LearnerActor:
             )
         )
         self._state = await asyncio.to_thread(
-            LearnerState.build, spec.config, run_dir=Path(spec.run_dir), streams=process.redis.streams, channel=spec.channel
+            LearnerState.build,
+            spec.config,
+            run_dir=Path(spec.run_dir),
+            streams=process.redis.streams,
+            channel=spec.channel,
         )
-        self._telemetry = Telemetry(spec.config, run_dir=Path(spec.run_dir), process=process)
+        self._telemetry = Telemetry(spec.config, run_dir=Path(spec.run_dir), process=process, step=self._state.step)
         return {"step": self._state.step, "version": self._state.version}
 
     async def run(self) -> str:

@@ -6,7 +6,6 @@ eos, unk) are four different ones, so that a pad can never be taken for the end 
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +21,7 @@ from cluster.data_records import (
     read_rows,
 )
 from cluster.errors import ModelError
+from cluster.hf_training import silence_progress_bars, whole_directory
 from cluster.text import check_vocabulary, load_tokenizer, prompt_text, resolve_model_dir
 from configs.run import NewModel, PretrainedModel, RunConfig
 
@@ -109,6 +109,7 @@ def _save_new(model: NewModel, *, texts: list[str], seed: int, target: Path) -> 
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    silence_progress_bars()
     tokenizer = make_tokenizer(model, texts=texts)
     model_config = transformer_config(model, tokenizer=tokenizer)
     with torch.random.fork_rng(devices=[]):
@@ -117,16 +118,9 @@ def _save_new(model: NewModel, *, texts: list[str], seed: int, target: Path) -> 
     network.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    beside = target.with_name(target.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        network.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        beside.replace(target)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the new model to {target}", got=str(error), do="free some disk space"
-        ) from error
+    with whole_directory(target, error=ModelError) as directory:
+        network.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
 
 
 def transformer_config(model: NewModel, *, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:

@@ -36,11 +36,15 @@ class Policy(nn.Module):
     """A causal language model with `base_model` and `lm_head`.
 
     A module of its own, with all work in `forward`, so that FSDP2 can shard it: `fully_shard` each decoder layer, then
-    the Policy. Raises ModelError for a model whose logits are not lm_head(hidden state), for instance soft-capped ones.
+    the Policy with reshard_after_forward=True (a forward without a backward would leave its own weights whole, and the
+    optimiser without them). Raises ModelError for a model whose logits are not lm_head(hidden state), for instance
+    soft-capped ones.
     """
 
     def __init__(self, model: nn.Module, *, gradient_checkpointing: bool = False, dtype: DtypeName = "float32") -> None:
         super().__init__()
+        inner_decoder(model)
+        named_head(model, "lm_head")
         self.model = model
         self._dtype: DtypeName = dtype
         set_gradient_checkpointing(model, enabled=False)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from cluster.data_records import SFT_FILE, SftExample, data_dir, read_rows, write_atomically
 from cluster.errors import DataError, ModelError
@@ -22,6 +22,7 @@ from cluster.hf_training import (
     FitSettings,
     progress_callback,
     run_trainer,
+    silence_progress_bars,
     torch_threads,
     trainer_arguments,
     whole_directory,
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
 HELD_OUT_FRACTION: Final = 0.05
 IGNORED_LABEL: Final = -100
 """Label of positions outside the loss, by torch's and transformers' convention."""
+
+
+class EncodedExample(TypedDict):
+    """[L] prompt ids then answer ids, [L] labels (the prompt's ignored), and L."""
+
+    input_ids: list[int]
+    labels: list[int]
+    length: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ def run_sft(config: RunConfig, run_dir: Path, emit: Emit) -> SftReport:
     Raises DataError (no demonstrations), ModelError (no model, or disk full), NonFiniteError.
     """
     started_s = time.monotonic()
+    silence_progress_bars()
     initial = make_model(config, run_dir)
     tokenizer = load_tokenizer(initial.tokenizer_dir)
     train, held_out = _split(encode_examples(run_dir, data=config.data, tokenizer=tokenizer), seed=config.seed)
@@ -91,11 +101,9 @@ def run_sft(config: RunConfig, run_dir: Path, emit: Emit) -> SftReport:
     return report
 
 
-def encode_examples(
-    run_dir: Path, *, data: DataSection, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, list[int]]]:
-    """Demonstrations → {"input_ids", "labels"}: prompt ids then answer ids, the prompt's labels ignored."""
-    examples: list[dict[str, list[int]]] = []
+def encode_examples(run_dir: Path, *, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[EncodedExample]:
+    """Demonstrations as token ids. Raises DataError under two usable ones."""
+    examples: list[EncodedExample] = []
     for row in read_rows(data_dir(run_dir) / SFT_FILE, SftExample):
         prompt = encode_prompt(tokenizer, row.prompt, max_tokens=data.max_prompt_tokens, long_prompt=data.long_prompt)
         if isinstance(prompt, Rejection):  # the data stage counted it
@@ -105,6 +113,7 @@ def encode_examples(
             {
                 "input_ids": [*prompt.ids, *answer.ids],
                 "labels": [IGNORED_LABEL] * len(prompt.ids) + list(answer.ids),
+                "length": len(prompt.ids) + len(answer.ids),
             }
         )
     if len(examples) < 2:
@@ -114,9 +123,7 @@ def encode_examples(
     return examples
 
 
-def _split(
-    examples: list[dict[str, list[int]]], *, seed: int
-) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+def _split(examples: list[EncodedExample], *, seed: int) -> tuple[list[EncodedExample], list[EncodedExample]]:
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     held_out = max(1, round(HELD_OUT_FRACTION * len(examples)))
@@ -127,8 +134,8 @@ def _trainer(
     model_dir: Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    train: list[dict[str, list[int]]],
-    held_out: list[dict[str, list[int]]],
+    train: list[EncodedExample],
+    held_out: list[EncodedExample],
     settings: FitSettings,
     scratch: Path,
 ) -> Any:

@@ -154,9 +154,7 @@ class LearnerState:
         newest = await self._channel.latest()
         if newest is not None and newest.version >= self.version:
             self.version = newest.version + 1
-        blob = await asyncio.to_thread(
-            pack, self.version, self.trainable.policy.named_tensors(), probe=self._probe()
-        )
+        blob = await asyncio.to_thread(pack, self.version, self.trainable.policy.named_tensors(), probe=self._probe())
         await asyncio.to_thread(self._channel.publish, blob)
 
     def _probe(self) -> Probe:
@@ -239,9 +237,7 @@ class LearnerState:
             streams,
             deck=self.deck,
             ledger=ledger,
-            gate=Gate(
-                batch_size=settings.batch_size, max_staleness=settings.max_staleness, total_steps=settings.steps
-            ),
+            gate=Gate(batch_size=settings.batch_size, max_staleness=settings.max_staleness, total_steps=settings.steps),
             template=TaskTemplate(
                 incarnation=self._incarnation,
                 max_new_tokens=data.max_response_tokens,

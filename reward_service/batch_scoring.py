@@ -34,6 +34,10 @@ class _Lookup:
     cached: CachedScores | None
 
     @property
+    def tokens(self) -> int:
+        return len(self.rollout.task.prompt_ids) + len(self.rollout.response_ids)
+
+    @property
     def exact(self) -> bool:
         cached = self.cached
         return (
@@ -95,8 +99,7 @@ class BatchScoring:
         ]
         lookups = []
         for rollout, key, hit in zip(batch, keys, await self._cache.get_many(keys), strict=True):
-            if hit is not None:
-                self._metrics.cache_hit(hit[1])
+            self._metrics.cache_lookup(None if hit is None else hit[1])
             digest = reference_digest(rollout, reference_id=scorer.reference_id)
             lookups.append(_Lookup(rollout, key, digest, None if hit is None else hit[0]))
         return lookups
@@ -117,7 +120,8 @@ class BatchScoring:
         started_s = time.perf_counter()
         scores, references = await self._thread.call(run, timeout_s=self._timeout_s)
         seconds = time.perf_counter() - started_s
-        self._metrics.forward(rollouts=len(absent) + len(text_hits), seconds=seconds)
+        tokens = sum(lookup.tokens for lookup in (*absent, *text_hits))
+        self._metrics.forward(rollouts=len(absent) + len(text_hits), tokens=tokens, seconds=seconds)
         computed = {id(lookup): answer for lookup, answer in zip(absent, scores, strict=True)}
         for lookup, values_T in zip(text_hits, references, strict=True):
             assert lookup.cached is not None

@@ -36,6 +36,7 @@ from cluster.hf_training import (
     FitSettings,
     progress_callback,
     run_trainer,
+    silence_progress_bars,
     torch_threads,
     trainer_arguments,
     whole_directory,
@@ -96,6 +97,7 @@ def run_rm(config: RunConfig, run_dir: Path, emit: Emit) -> RmManifest:
     "done": True. Raises DataError (no or too few pairs), ModelError (no initial model, disk full, accuracy under
     rm.min_accuracy; the refused model is then in `<run_dir>/rm.rejected`), NonFiniteError.
     """
+    silence_progress_bars()
     model_dir, tokenizer_dir = _initial(config, run_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     pairs = encode_pairs(run_dir, data=config.data, tokenizer=tokenizer)
@@ -237,7 +239,14 @@ def _train_member(
                 center_rewards_coefficient=config.rm.centering,
             ),
             train_dataset=Dataset.from_list(
-                [{"chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids} for pair in own]
+                [
+                    {
+                        "chosen_ids": pair.chosen_ids,
+                        "rejected_ids": pair.rejected_ids,
+                        "length": max(len(pair.chosen_ids), len(pair.rejected_ids)),
+                    }
+                    for pair in own
+                ]
             ),
             processing_class=tokenizer,
         )

@@ -44,7 +44,13 @@ class Scorer(Protocol):
         """(prompt, answer) as the reward model would read them."""
         ...
 
-    def score(self, batch: Sequence[Rollout]) -> list[Scores]: ...
+    def score(self, batch: Sequence[Rollout]) -> list[Scores]:
+        """Members and reference model."""
+        ...
+
+    def member_scores(self, batch: Sequence[Rollout]) -> list[tuple[float, ...]]:
+        """The ensemble alone: [M] each."""
+        ...
 
     def reference_logprobs(self, batch: Sequence[Rollout]) -> list[Float32s]:
         """The reference model alone: [T] each."""
@@ -87,6 +93,11 @@ class ScriptedScorer:
         self.before(batch)
         self._refuse_poison(batch)
         return [Scores(self.members(rollout), self._minus_ones(rollout)) for rollout in batch]
+
+    def member_scores(self, batch: Sequence[Rollout]) -> list[tuple[float, ...]]:
+        self.before(batch)
+        self._refuse_poison(batch)
+        return [self.members(rollout) for rollout in batch]
 
     def reference_logprobs(self, batch: Sequence[Rollout]) -> list[Float32s]:
         self.referenced.append([rollout.task.task_id for rollout in batch])

@@ -89,6 +89,11 @@ class TransformersScorer:
         """M."""
         return len(self._members)
 
+    @property
+    def eos_id(self) -> int:
+        """The policy's end-of-sequence token."""
+        return int(self._policy_tokenizer.eos_token_id)
+
     def texts(self, batch: Sequence[Rollout]) -> list[tuple[str, str]]:
         decode = self._policy_tokenizer.batch_decode
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -96,8 +101,12 @@ class TransformersScorer:
         answers: list[str] = decode([rollout.response_ids.tolist() for rollout in batch], **options)
         return list(zip(prompts, answers, strict=True))
 
-    @torch.inference_mode()
     def score(self, batch: Sequence[Rollout]) -> list[Scores]:
+        members, references = self.member_scores(batch), self.reference_logprobs(batch)
+        return [Scores(scores_M, values_T) for scores_M, values_T in zip(members, references, strict=True)]
+
+    @torch.inference_mode()
+    def member_scores(self, batch: Sequence[Rollout]) -> list[tuple[float, ...]]:
         sequences = [_sequence(rollout) for rollout in batch] if self._rm_tokenizer is None else self._reencode(batch)
         names = [rollout.task.task_id for rollout in batch]
         limit = min(member.max_positions for member in self._members)
@@ -109,11 +118,10 @@ class TransformersScorer:
                 hidden_BLH = member.hidden(ids_BL, mask_BL)
                 last_BH = hidden_BLH[torch.arange(len(group), device=self._device), lengths_B - 1]
                 scores_BM[group, number] = member.head(last_BH).float().squeeze(-1).cpu()
-        references = self.reference_logprobs(batch)
-        answers = [Scores(tuple(row), ref) for row, ref in zip(scores_BM.tolist(), references, strict=True)]
-        for name, answer in zip(names, answers, strict=True):
-            if not all(map(math.isfinite, answer.member_scores)):
-                raise _not_finite(name, f"reward model scores {answer.member_scores}")
+        answers = [tuple(scores_M) for scores_M in scores_BM.tolist()]
+        for name, scores_M in zip(names, answers, strict=True):
+            if not all(map(math.isfinite, scores_M)):
+                raise _not_finite(name, f"reward model scores {scores_M}")
         return answers
 
     @torch.inference_mode()

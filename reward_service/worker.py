@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections import Counter, deque
@@ -139,7 +140,7 @@ class RewardWorker:
                 for work in (self._claim, self._score, self._commit, self._renew, self._grace):
                     group.create_task(work(), name=f"{self._settings.consumer}{work.__name__}")
         except BaseExceptionGroup as failures:
-            first = _first_leaf(failures)
+            first = first_leaf(failures)
             if not isinstance(first, _GraceOver):
                 raise first from first.__cause__
             log.warning("stopped with %d rollouts unfinished; their leases run out", len(self._held))
@@ -147,8 +148,8 @@ class RewardWorker:
             self._ended.set()
 
     async def stop(self) -> None:
-        """Claim nothing more, finish what is held within `grace_s`, leave the rest to its leases. Returns when run() has
-        ended. Only for a worker that runs."""
+        """Claim nothing more, finish what is held within `grace_s`, leave the rest to its leases. Returns when run()
+        has ended; so call it only on a worker that runs."""
         self._stopping.set()
         self._freed.set()
         await self._ended.wait()
@@ -163,11 +164,14 @@ class RewardWorker:
             if room < 1:
                 await self._freed.wait()
                 continue
-            deliveries = await self._persistently(
-                lambda count=min(room, settings.batch_size): self._streams.claim(  # type: ignore[misc]
-                    StreamName.ROLLOUTS, consumer=settings.consumer, max_count=count, wait_s=settings.claim_wait_s
-                )
+            claim = functools.partial(
+                self._streams.claim,
+                StreamName.ROLLOUTS,
+                consumer=settings.consumer,
+                max_count=min(room, settings.batch_size),
+                wait_s=settings.claim_wait_s,
             )
+            deliveries = await self._persistently(claim)
             for delivery in deliveries:
                 await self._take_in(delivery)
         self._claiming = False
@@ -321,6 +325,7 @@ class RewardWorker:
                 pause_s = min(2 * pause_s, longest_s)
 
 
-def _first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error in a task group's failures, however deep."""
     first = group.exceptions[0]
-    return _first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
+    return first_leaf(first) if isinstance(first, BaseExceptionGroup) else first

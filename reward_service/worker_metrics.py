@@ -1,8 +1,12 @@
-"""What the reward worker reports, as a seam: Prometheus behind it in a run, nothing in tests."""
+"""What the reward worker reports, as a seam: Prometheus behind it in a run, nothing in most tests."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from cluster.metrics import RewardMetrics
 
 
 class WorkerMetrics(Protocol):
@@ -12,12 +16,12 @@ class WorkerMetrics(Protocol):
         """One more of: scored, dead, duplicates, failures, redelivered, poison, stream_errors."""
         ...
 
-    def cache_hit(self, layer: str) -> None:
-        """A score came from "process" or "store"."""
+    def cache_lookup(self, layer: str | None) -> None:
+        """A score was looked for and found in layer "process" or "store", or not found."""
         ...
 
-    def forward(self, *, rollouts: int, seconds: float) -> None:
-        """A forward pass over so many rollouts took so long."""
+    def forward(self, *, rollouts: int, tokens: int, seconds: float) -> None:
+        """A forward pass over so many rollouts with so many tokens (without padding) took so long."""
         ...
 
     def progress(self) -> None:
@@ -31,11 +35,48 @@ class NoMetrics:
     def count(self, what: str) -> None:
         pass
 
-    def cache_hit(self, layer: str) -> None:
+    def cache_lookup(self, layer: str | None) -> None:
         pass
 
-    def forward(self, *, rollouts: int, seconds: float) -> None:
+    def forward(self, *, rollouts: int, tokens: int, seconds: float) -> None:
         pass
 
     def progress(self) -> None:
         pass
+
+
+class ExportedMetrics:
+    """Into Prometheus metrics, and `beat` for each sign of progress."""
+
+    def __init__(self, exported: RewardMetrics, *, beat: Callable[[], None]) -> None:
+        self._exported = exported
+        self._beat = beat
+        self._counters = {
+            "scored": exported.samples,
+            "dead": exported.dead_letters,
+            "duplicates": exported.lost_leases,
+            "failures": exported.failures,
+            "poison": exported.failures,
+            "redelivered": exported.redeliveries,
+        }
+        self._lookups = {
+            "process": exported.memory_cache_hits,
+            "store": exported.redis_cache_hits,
+            None: exported.cache_misses,
+        }
+
+    def count(self, what: str) -> None:
+        counter = self._counters.get(what)
+        if counter is not None:
+            counter.inc()
+
+    def cache_lookup(self, layer: str | None) -> None:
+        self._lookups[layer].inc()
+
+    def forward(self, *, rollouts: int, tokens: int, seconds: float) -> None:
+        self._exported.batch_size.observe(rollouts)
+        self._exported.tokens.inc(tokens)
+        self._exported.score_seconds.observe(seconds)
+
+    def progress(self) -> None:
+        self._beat()

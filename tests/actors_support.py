@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,19 @@ def save_tiny_llama(directory: Path) -> Path:
     return directory
 
 
+@contextmanager
+def contained_vllm() -> Iterator[None]:
+    """Undo what vLLM, run inside the test process, does to the process: environment, thread setter, generator."""
+    environment, set_num_threads, random_state = dict(os.environ), torch.set_num_threads, torch.get_rng_state()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.set_num_threads = set_num_threads
+        torch.set_rng_state(random_state)
+
+
 class Reference:
     """The learner's side: a float32 model that changes, and log-probs by its own forward pass."""
 
@@ -58,7 +74,8 @@ class Reference:
         with torch.no_grad():
             logits = self.model(torch.tensor([ids])).logits[0, :-1].float() / temperature
         picked = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
-        return picked.numpy().astype(np.float32)
+        logprobs: Float32s = picked.numpy().astype(np.float32)
+        return logprobs
 
     def blob(self, version: int) -> WeightBlob:
         ids = [3, 9, 27, 17, 51, 25]

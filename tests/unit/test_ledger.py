@@ -81,7 +81,11 @@ def test_state_survives_json_and_takes_a_new_name() -> None:
     state = json.loads(json.dumps(ledger.to_state()))
     resumed = Ledger.from_state(state, task_deadline_s=10.0, incarnation="new")
     again = resumed.retry_all(now_s=0.0)
-    assert {(late.task_id, late.group_id) for late in again} == {("new-0", "new-0"), ("new-1", "new-0"), ("new-3", "new-2")}
+    assert {(late.task_id, late.group_id) for late in again} == {
+        ("new-0", "new-0"),
+        ("new-1", "new-0"),
+        ("new-3", "new-2"),
+    }
     assert not resumed.accept(scored(tasks[1])), "a late result of the earlier incarnation must not count"
     assert resumed.counts.issued == 4
     for late in again:

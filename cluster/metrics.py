@@ -1,0 +1,246 @@
+"""What each process of a run measures, and the exporter that serves it to Prometheus.
+
+Consumes: observations from any thread. Produces: /metrics and /healthz over HTTP. Waits for: nothing. Always holds:
+names start with keel_, units are base units, label values come from small fixed sets; a process exports its own
+registry, which starts empty. One process holds at most one set of each class, and not both RolloutMetrics and
+RewardMetrics in one registry.
+
+/healthz answers 503 once the process's Heartbeat has been silent for longer than its limit: it says whether work goes
+on, not whether the process exists.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Final, Self
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from cluster.http_serve import HttpServer, Page
+from cluster.stores import Clock
+from cluster.streams import Depth, StreamName
+
+# The client's defaults end at 10 s and would hide a long generation or step.
+_SHORT_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_LONG_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+_COUNTS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+_VERSIONS: Final = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0)
+_TOKENS: Final = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
+
+
+class Heartbeat:
+    """Progress, as a process reports it. `beat` wherever work is done, or found not to be there."""
+
+    def __init__(self, *, silence_limit_s: float, clock: Clock = time.monotonic) -> None:
+        self.silence_limit_s: Final = silence_limit_s
+        self._clock = clock
+        self._last_s = clock()
+
+    def beat(self) -> None:
+        self._last_s = self._clock()
+
+    @property
+    def silent_s(self) -> float:
+        return self._clock() - self._last_s
+
+    @property
+    def healthy(self) -> bool:
+        return self.silent_s <= self.silence_limit_s
+
+
+class MetricsServer:
+    """The process's exporter on `host`, from construction to `close`. `address` is "host:port"; port 0 takes a free
+    one. Raises ConfigError where the address cannot be bound."""
+
+    def __init__(
+        self, registry: CollectorRegistry, *, host: str, port: int = 0, heartbeat: Heartbeat | None = None
+    ) -> None:
+        self._registry = registry
+        self._heartbeat = heartbeat
+        self._http = HttpServer({"/metrics": self._metrics, "/healthz": self._healthz}, host=host, port=port)
+        self.address: Final = self._http.address
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _metrics(self) -> Page:
+        return Page(generate_latest(self._registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    def _healthz(self) -> Page:
+        beat = self._heartbeat
+        if beat is None or beat.healthy:
+            return Page(b"ok\n")
+        text = f"no progress for {beat.silent_s:.1f} s; the limit is {beat.silence_limit_s:g} s\n"
+        return Page(text.encode(), status=503)
+
+
+class RolloutMetrics:
+    """A rollout actor."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.samples = Counter("keel_rollout_samples", "Answers generated", registry=registry)
+        self.tokens = Counter("keel_rollout_tokens", "Response tokens generated", registry=registry)
+        self.generate_seconds = Histogram(
+            "keel_rollout_generate_seconds", "From claim to finished answer", registry=registry, buckets=_LONG_S
+        )
+        self.response_tokens = Histogram(
+            "keel_rollout_response_tokens", "Tokens of an answer", registry=registry, buckets=_TOKENS
+        )
+        self.truncated = Counter("keel_rollout_truncated", "Answers cut at their token limit", registry=registry)
+        self.running = Gauge("keel_rollout_running_requests", "Answers being generated", registry=registry)
+        self.weight_sync_seconds = Histogram(
+            "keel_weight_sync_seconds", "From a version's notice to its use", registry=registry, buckets=_LONG_S
+        )
+        self.weight_sync_failures = Counter(
+            "keel_weight_sync_failures", "Weight updates that failed or were partial", registry=registry
+        )
+        self.policy_version = _policy_version(registry, role="rollout")
+        self.redeliveries = _redeliveries(registry, stage="rollout")
+        self.dead_letters = _dead_letters(registry, stage="rollout")
+        self.lost_leases = _lost_leases(registry, stage="rollout")
+
+
+class RewardMetrics:
+    """A reward worker."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.samples = Counter("keel_reward_samples", "Rollouts scored", registry=registry)
+        self.tokens = Counter("keel_reward_tokens", "Tokens scored, without padding", registry=registry)
+        self.batch_size = Histogram(
+            "keel_reward_batch_size", "Rollouts in a forward pass", registry=registry, buckets=_COUNTS
+        )
+        self.score_seconds = Histogram(
+            "keel_reward_score_seconds", "One batch's forward passes", registry=registry, buckets=_SHORT_S
+        )
+        self.failures = Counter("keel_reward_failures", "Rollouts that could not be scored", registry=registry)
+        self._cache_hits = Counter("keel_reward_cache_hits", "Scores found in a cache", ["layer"], registry=registry)
+        self.memory_cache_hits = self._cache_hits.labels("memory")
+        self.redis_cache_hits = self._cache_hits.labels("redis")
+        self.cache_misses = Counter("keel_reward_cache_misses", "Scores found in no cache", registry=registry)
+        self.redeliveries = _redeliveries(registry, stage="reward")
+        self.dead_letters = _dead_letters(registry, stage="reward")
+        self.lost_leases = _lost_leases(registry, stage="reward")
+
+
+class LearnerMetrics:
+    """The learner. Gauges hold the last step's value; KL and entropy in nats."""
+
+    PHASES: Final = ("wait_samples", "wait_weights", "checkpoint")
+    MODELS: Final = ("policy", "critic")
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._count_metrics(registry)
+        self._step_metrics(registry)
+        self._quality_metrics(registry)
+
+    def _count_metrics(self, registry: CollectorRegistry) -> None:
+        self.samples_trained = Counter("keel_samples_trained", "Samples in finished steps", registry=registry)
+        self.tokens_trained = Counter("keel_tokens_trained", "Response tokens in finished steps", registry=registry)
+        self.duplicates_dropped = Counter(
+            "keel_duplicates_dropped", "Second results for a task, not used", registry=registry
+        )
+        self.stale_dropped = Counter(
+            "keel_stale_dropped", "Samples over the staleness limit, not used", registry=registry
+        )
+        self.reissues = Counter("keel_task_reissues", "Tasks issued again after their deadline", registry=registry)
+        self.rollbacks = Counter("keel_guard_rollbacks", "Returns to an earlier checkpoint", registry=registry)
+
+    def _step_metrics(self, registry: CollectorRegistry) -> None:
+        self.step = Gauge("keel_step", "Steps finished", registry=registry)
+        self.step_seconds = Histogram("keel_step_seconds", "One PPO step", registry=registry, buckets=_LONG_S)
+        self._idle_seconds = Counter(
+            "keel_idle_seconds", "Time in which the learner computed nothing", ["phase"], registry=registry
+        )
+        self.idle_seconds: Mapping[str, Counter] = {phase: self._idle_seconds.labels(phase) for phase in self.PHASES}
+        self.staleness_versions = Histogram(
+            "keel_staleness_versions", "Versions by which a trained sample lagged", registry=registry, buckets=_VERSIONS
+        )
+        self.weight_publish_seconds = Histogram(
+            "keel_weight_publish_seconds", "Handing one version's weights over", registry=registry, buckets=_LONG_S
+        )
+        self.checkpoint_seconds = Histogram(
+            "keel_checkpoint_seconds", "Writing one checkpoint", registry=registry, buckets=_LONG_S
+        )
+        self.policy_version = _policy_version(registry, role="learner")
+
+    def _quality_metrics(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"keel_{name}", text, registry=registry)
+
+        self.kl_nats_per_sequence = gauge("kl_nats_per_sequence", "Policy against reference, summed over an answer")
+        self.step_kl_nats_per_token = gauge("step_kl_nats_per_token", "Movement of the policy in the step")
+        self.beta = gauge("beta", "KL coefficient")
+        self.entropy_nats_per_token = gauge("entropy_nats_per_token", "Entropy of the policy")
+        self.clip_fraction = gauge("clip_fraction", "Share of tokens whose ratio was clipped")
+        self.reward_mean = gauge("reward_mean", "Raw reward-model score")
+        self.reward_normalised_mean = gauge("reward_normalised_mean", "Score as it was trained on")
+        self.gold_mean = gauge("gold_mean", "Gold reward of the last evaluation; never trained on")
+        self.uncertainty_mean = gauge("reward_uncertainty_mean", "Standard deviation over the reward ensemble")
+        self.response_tokens_mean = gauge("response_tokens_mean", "Length of an answer")
+        self.guard_level = gauge("guard_level", "The guard's verdict: 0 ok, 1 warn, 2 act")
+        self._grad_norm = Gauge("keel_grad_norm", "Gradient norm before clipping", ["model"], registry=registry)
+        self.grad_norm: Mapping[str, Gauge] = {model: self._grad_norm.labels(model) for model in self.MODELS}
+
+
+class RunMetrics:
+    """The run as its driver sees it: queues and workers. May share a registry with LearnerMetrics."""
+
+    ROLES: Final = ("rollout", "reward", "learner")
+    STATES: Final = ("starting", "running", "restarting", "dead")
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.queue_depth = Gauge("keel_queue_depth", "Entries nobody has claimed", ["stream"], registry=registry)
+        self.queue_in_flight = Gauge(
+            "keel_queue_in_flight", "Entries claimed and not finished", ["stream"], registry=registry
+        )
+        self.queue_oldest_seconds = Gauge(
+            "keel_queue_oldest_seconds", "Age of the oldest entry", ["stream"], registry=registry
+        )
+        self.workers = Gauge("keel_workers", "Workers by state", ["role", "state"], registry=registry)
+        self.worker_restarts = Counter("keel_worker_restarts", "Workers started again", ["role"], registry=registry)
+        self.stream_errors = Counter(
+            "keel_stream_errors", "Calls to Redis that failed in the driver", registry=registry
+        )
+        for role in self.ROLES:
+            self.worker_restarts.labels(role)
+            self.set_workers(role, counts={})
+
+    def set_depth(self, stream: StreamName, *, depth: Depth) -> None:
+        self.queue_depth.labels(stream.value).set(depth.backlog)
+        self.queue_in_flight.labels(stream.value).set(depth.in_flight)
+        self.queue_oldest_seconds.labels(stream.value).set(depth.oldest_age_s)
+
+    def set_workers(self, role: str, *, counts: Mapping[str, int]) -> None:
+        """Every state is set, so that one that empties falls to 0. KeyError-free: an unknown state is a ValueError."""
+        if unknown := set(counts) - set(self.STATES):
+            raise ValueError(f"worker states {sorted(unknown)} are none of {self.STATES}")
+        for state in self.STATES:
+            self.workers.labels(role, state).set(counts.get(state, 0))
+
+
+def _policy_version(registry: CollectorRegistry, *, role: str) -> Gauge:
+    family = Gauge("keel_policy_version", "Policy version in use", ["role"], registry=registry)
+    return family.labels(role)
+
+
+def _redeliveries(registry: CollectorRegistry, *, stage: str) -> Counter:
+    family = Counter("keel_redeliveries", "Entries that had been handed out before", ["stage"], registry=registry)
+    return family.labels(stage)
+
+
+def _dead_letters(registry: CollectorRegistry, *, stage: str) -> Counter:
+    family = Counter("keel_dead_letters", "Tasks given up", ["stage"], registry=registry)
+    return family.labels(stage)
+
+
+def _lost_leases(registry: CollectorRegistry, *, stage: str) -> Counter:
+    family = Counter("keel_lost_leases", "Finished work that another had finished first", ["stage"], registry=registry)
+    return family.labels(stage)

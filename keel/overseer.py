@@ -1,0 +1,112 @@
+"""The driver's own business with the queue server while a run is online, on a thread with an event loop of its own:
+the lock on the run's name, service discovery for Prometheus, and the driver's metrics (queues, workers by state).
+
+Consumes: the server. Produces: the discovery address. Waits: for nobody in the driver; the driver reads `error`.
+Always holds: one living run a name and server; when the lock is lost, `error` says so and the run must end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from cluster.discovery import Discovery
+from cluster.errors import KeelError, StreamError
+from cluster.metrics import RunMetrics
+from cluster.process import node_address, start_process
+from cluster.run_redis import RunRedis
+from cluster.streams import StreamName
+from configs.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+_METRICS_PERIOD_S = 2.0
+WorkerStates = Callable[[], Mapping[str, Mapping[str, int]]]
+
+
+class Overseer:
+    """Starts with the `with` block; entering raises what stands in the way, such as a living run of the same name."""
+
+    def __init__(self, config: RunConfig, *, run_dir: Path, redis_url: str, workers: WorkerStates) -> None:
+        self.error: KeelError | None = None
+        self.discovery_url = ""
+        self._config = config
+        self._run_dir = run_dir
+        self._redis_url = redis_url
+        self._workers = workers
+        self._ready = threading.Event()
+        self._ended = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._work, name="overseer", daemon=True)
+
+    def __enter__(self) -> Overseer:
+        self._thread.start()
+        self._ready.wait()
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._ended.set)
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            self._loop.run_until_complete(self._oversee())
+        except KeelError as error:
+            self.error = error
+        finally:
+            self._ready.set()
+            self._loop.close()
+
+    async def _oversee(self) -> None:
+        config = self._config
+        async with start_process(
+            config, role="driver", instance="0", redis_url=self._redis_url, log_dir=self._run_dir / "logs"
+        ) as process:
+            redis = process.redis
+            await redis.lock.acquire()
+            with Discovery(
+                redis.directory,
+                run=config.name,
+                host=node_address(config),
+                port=config.metrics.discovery_port,
+                file_sd=self._run_dir / "prometheus_targets.json",
+            ) as discovery:
+                self.discovery_url = discovery.url
+                self._ready.set()
+                metrics = RunMetrics(process.registry)
+                tasks = [
+                    asyncio.create_task(redis.lock.renew_forever()),
+                    asyncio.create_task(discovery.run_forever()),
+                    asyncio.create_task(self._measure(redis, metrics, process.heartbeat.beat)),
+                ]
+                ending = asyncio.create_task(self._ended.wait())
+                done, _ = await asyncio.wait([*tasks, ending], return_when=asyncio.FIRST_COMPLETED)
+                for task in [*tasks, ending]:
+                    task.cancel()
+                await asyncio.gather(*tasks, ending, return_exceptions=True)
+                with contextlib.suppress(StreamError):
+                    await redis.lock.release()
+                for task in done - {ending}:
+                    task.result()
+
+    async def _measure(self, redis: RunRedis, metrics: RunMetrics, beat: Callable[[], None]) -> None:
+        while True:
+            try:
+                for stream in StreamName:
+                    metrics.set_depth(stream, depth=await redis.streams.depth(stream))
+                beat()
+            except StreamError as error:
+                metrics.stream_errors.inc()
+                log.warning("queue depths not read: %s", error)
+            for role, counts in self._workers().items():
+                metrics.set_workers(role, counts=counts)
+            await asyncio.sleep(_METRICS_PERIOD_S)

@@ -1,0 +1,266 @@
+"""One reward worker as a process: models, queue, cache and metrics put together. Made into a Ray actor by the
+composition root, or run by `serve` outside Ray.
+
+Consumes and produces: see worker.py; and scores on request, outside the streams, by `score`. Waits: in `run`, until
+`stop` or the first error. Who unblocks it: see worker.py.
+Always holds: one forward pass at a time in this process, whoever asked for it; its consumer name is its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import ScoringError
+from cluster.records import PromptTask, Rollout, VersionRun, pack_floats, pack_ids
+from configs.run import RunConfig
+from reward_service.batch_scoring import BatchScoring
+from reward_service.cache import CacheSettings, ScoreCache
+from reward_service.forward_thread import ForwardThread
+from reward_service.scorer import aggregate
+from reward_service.worker import RewardWorker, WorkerSettings
+from reward_service.worker_metrics import ExportedMetrics
+
+if TYPE_CHECKING:
+    from cluster.process import Process
+    from reward_service.scorer_transformers import TransformersScorer
+
+log = logging.getLogger(__name__)
+
+_LOAD_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """What the composition root gives a worker. `run_dir` has rm/ and sft/model/. `incarnation` counts the restarts of
+    worker `index`."""
+
+    config: RunConfig
+    redis_url: str
+    run_dir: str
+    index: int
+    incarnation: int
+
+    @property
+    def name(self) -> str:
+        """Of this process, in metrics and logs."""
+        return f"reward-{self.index}.{self.incarnation}"
+
+    @property
+    def rm_dir(self) -> Path:
+        return Path(self.run_dir) / "rm"
+
+    @property
+    def reference_dir(self) -> Path:
+        return Path(self.run_dir) / "sft" / "model"
+
+
+@dataclass(frozen=True)
+class _Parts:
+    scorer: TransformersScorer
+    cache: ScoreCache
+    worker: RewardWorker
+
+
+class RewardActor:
+    """`start`, then any of the others, on one event loop."""
+
+    def __init__(self, spec: RewardSpec) -> None:
+        self._spec = spec
+        self._stack = AsyncExitStack()
+        self._parts: _Parts | None = None
+        self._thread = ForwardThread()
+        self._running = False
+        self._stop_asked = False
+
+    async def start(self) -> dict[str, Any]:
+        """Load the models and connect. Returns name, pid, boot_s, rm_version, members. Raises ModelError for the models
+        and StreamError for the server."""
+        from cluster.process import start_process
+
+        spec, started_s = self._spec, time.monotonic()
+        try:
+            process = await self._stack.enter_async_context(
+                start_process(
+                    spec.config,
+                    role="reward",
+                    instance=spec.name,
+                    redis_url=spec.redis_url,
+                    log_dir=Path(spec.run_dir) / "logs",
+                )
+            )
+            scorer = await self._thread.call(lambda: _load(spec), timeout_s=_LOAD_TIMEOUT_S)
+        except BaseException:
+            await self._close()
+            raise
+        self._parts = self._assemble(process, scorer)
+        boot_s = round(time.monotonic() - started_s, 2)
+        return {
+            "name": spec.name,
+            "pid": os.getpid(),
+            "boot_s": boot_s,
+            "rm_version": scorer.version,
+            "members": scorer.members,
+        }
+
+    async def run(self) -> None:
+        """Score what the streams bring until `stop`. Raises what ended it otherwise."""
+        if self._stop_asked:
+            return
+        worker = self._started().worker
+        self._running = True
+        try:
+            await worker.run()
+        except Exception:
+            log.exception("reward worker %s failed", self._spec.name)
+            raise
+        finally:
+            self._running = False
+
+    async def stop(self) -> None:
+        """End `run` within its grace period and close everything. May be called again, and before `run`."""
+        self._stop_asked = True
+        if self._running:
+            await self._started().worker.stop()
+        await self._close()
+
+    async def status(self) -> dict[str, Any]:
+        """Totals since start, and what is held now."""
+        parts = self._started()
+        return {
+            "name": self._spec.name,
+            "running": self._running,
+            "rm_version": parts.scorer.version,
+            "in_flight": parts.worker.in_flight,
+            **parts.worker.counts,
+            "cache": dict(parts.cache.counts),
+        }
+
+    async def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """Reward of each (prompt ids, response ids): the mean over members. For evaluation; the cache is not used.
+        Any failure fails the call with ScoringError."""
+        scorer, reward = self._started().scorer, self._spec.config.reward
+        rollouts = [
+            _offline_rollout(f"pair {number}", prompt, response, eos_id=scorer.eos_id)
+            for number, (prompt, response) in enumerate(pairs)
+        ]
+        means: list[float] = []
+        for start in range(0, len(rollouts), reward.batch_size):  # piecewise, so that the queue gets its turns
+            piece = rollouts[start : start + reward.batch_size]
+            scores = await self._thread.call(
+                lambda piece=piece: scorer.member_scores(piece),  # type: ignore[misc]
+                timeout_s=reward.score_timeout_s,
+            )
+            means.extend(aggregate(scores_M)[0] for scores_M in scores)
+        return means
+
+    def _assemble(self, process: Process, scorer: TransformersScorer) -> _Parts:
+        from cluster.metrics import RewardMetrics
+
+        reward = self._spec.config.reward
+        metrics = ExportedMetrics(RewardMetrics(process.registry), beat=process.heartbeat.beat)
+        cache = ScoreCache(CacheSettings(reward.cache_entries, reward.cache_ttl_s), store=process.redis.scores)
+        scoring = BatchScoring(
+            scorer, thread=self._thread, cache=cache, metrics=metrics, timeout_s=reward.score_timeout_s
+        )
+        settings = _worker_settings(self._spec)
+        worker = RewardWorker(process.redis.streams, scoring=scoring, metrics=metrics, settings=settings)
+        return _Parts(scorer, cache, worker)
+
+    async def _close(self) -> None:
+        self._thread.close()
+        await self._stack.aclose()
+
+    def _started(self) -> _Parts:
+        if self._parts is None:
+            raise ScoringError("the reward worker has not started", do="await start() first")
+        return self._parts
+
+
+def serve(spec: RewardSpec) -> int:
+    """Be a reward worker until SIGTERM or SIGINT; a second signal ends the process at once. Returns 0, the exit code of
+    a clean stop; raises what made it end otherwise."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(_serve(spec))
+    return 0
+
+
+async def _serve(spec: RewardSpec) -> None:
+    loop = asyncio.get_running_loop()
+    stop_asked = asyncio.Event()
+
+    def on_signal() -> None:
+        stop_asked.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    actor = RewardActor(spec)
+    asked = asyncio.create_task(stop_asked.wait())
+    try:
+        info = await actor.start()
+        log.info("%s is ready, reward model %s", info["name"], info["rm_version"])
+        run = asyncio.create_task(actor.run())
+        await asyncio.wait({run, asked}, return_when=asyncio.FIRST_COMPLETED)
+        await actor.stop()
+        await run
+    finally:
+        asked.cancel()
+        await actor.stop()
+
+
+def _load(spec: RewardSpec) -> TransformersScorer:
+    from reward_service.scorer_transformers import ScorerSettings, TransformersScorer
+
+    reward = spec.config.reward
+    settings = ScorerSettings(
+        batch_size=reward.batch_size,
+        token_budget=reward.token_budget,
+        threads=reward.threads,
+        device="cuda" if reward.gpus_per_worker > 0 else "cpu",
+    )
+    return TransformersScorer(spec.rm_dir, reference_dir=spec.reference_dir, settings=settings)
+
+
+def _worker_settings(spec: RewardSpec) -> WorkerSettings:
+    reward = spec.config.reward
+    return WorkerSettings(
+        # Two workers of one name would each take the other's leases for their own.
+        consumer=f"{spec.name}-{secrets.token_hex(4)}",
+        batch_size=reward.batch_size,
+        token_budget=reward.token_budget,
+        batch_wait_s=reward.batch_wait_s,
+        max_deliveries=reward.max_deliveries,
+        lease_s=spec.config.redis.lease_s,
+    )
+
+
+def _offline_rollout(name: str, prompt: Sequence[int], response: Sequence[int], *, eos_id: int) -> Rollout:
+    """A rollout as far as a reward model looks at it."""
+    task = PromptTask(
+        task_id=name,
+        prompt_id=name,
+        group_id=name,
+        prompt_ids_i32=pack_ids(prompt),
+        max_new_tokens=max(1, len(response)),
+        temperature=1.0,
+    )
+    return Rollout(
+        task=task,
+        response_ids_i32=pack_ids(response),
+        behaviour_logprobs_f32=pack_floats([0.0] * len(response)),
+        version_runs=(VersionRun(0, 0),),
+        finish_reason="stop" if len(response) and response[-1] == eos_id else "length",
+        actor="offline",
+        generate_s=0.0,
+    )

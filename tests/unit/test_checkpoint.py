@@ -1,0 +1,377 @@
+"""Checkpoints are whole or absent, verified when read, and survive a full disk, a kill and damage."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster import checkpoint as checkpoint_module
+from cluster.checkpoint import CheckpointStore
+from cluster.errors import CheckpointError, DataError
+from cluster.files import (
+    JsonlTail,
+    JsonlWriter,
+    atomic_directory,
+    atomic_write_text,
+    read_jsonl,
+    remove_stale,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep_last=2)
+
+
+def save(store: CheckpointStore, step: int, value: float = 1.0) -> Path:
+    return store.save(step, tensors={"policy": {"w": torch.full((3,), value)}}, state={"beta": value})
+
+
+def names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+# ---------------------------------------------------------------- round trip
+
+
+def test_tensors_and_state_come_back(store: CheckpointStore) -> None:
+    policy = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.tensor([1.5], dtype=torch.bfloat16)}
+    optimiser = {"step": torch.tensor(7.0), "moment": torch.tensor([[1, 2]], dtype=torch.int64)}
+    state = {"beta": 0.25, "rng": [1, 2**63], "name": "ü", "none": None, "nested": {"a": [True, "x"]}}
+    store.save(3, tensors={"policy": policy, "policy_optimiser": optimiser}, state=state)
+    loaded = store.load()
+    assert loaded.step == 3
+    assert loaded.state == state
+    assert set(loaded.tensors) == {"policy", "policy_optimiser"}
+    assert loaded.tensors["policy"]["half"].dtype == torch.bfloat16
+    assert torch.equal(loaded.tensors["policy"]["w"], policy["w"])
+    assert torch.equal(loaded.tensors["policy_optimiser"]["step"], optimiser["step"])
+    assert torch.equal(loaded.tensors["policy_optimiser"]["moment"], optimiser["moment"])
+
+
+def test_tied_transposed_and_trained_tensors(store: CheckpointStore) -> None:
+    embedding = torch.nn.Parameter(torch.arange(4.0).reshape(2, 2))
+    tensors = {"embed": embedding, "head": embedding, "transposed": embedding.T, "empty": torch.zeros(0)}
+    store.save(0, tensors={"policy": tensors}, state={})
+    loaded = store.load(0).tensors["policy"]
+    assert loaded["head"].tolist() == [[0.0, 1.0], [2.0, 3.0]]
+    assert loaded["transposed"].tolist() == [[0.0, 2.0], [1.0, 3.0]]
+    assert loaded["empty"].shape == (0,)
+
+
+def test_nothing_on_disk_is_pickled(store: CheckpointStore) -> None:
+    assert names(save(store, 1)) == ["manifest.json", "policy.safetensors", "state.json"]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"kl": math.nan}, {"a": [1.0, math.inf]}, {"a": {1: 2}}, {"a": torch.tensor(1)}, {"a": [{2: 3}]}],
+)
+def test_a_state_that_json_cannot_hold_is_refused(store: CheckpointStore, state: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError):
+        store.save(1, tensors={}, state=state)
+    assert store.list() == []
+
+
+@pytest.mark.parametrize("group", ["../evil", "a/b", "", "Policy", "a.b"])
+def test_a_group_is_no_path(store: CheckpointStore, group: str) -> None:
+    with pytest.raises(CheckpointError, match="groups name files"):
+        store.save(1, tensors={group: {"w": torch.zeros(1)}}, state={})
+
+
+# ---------------------------------------------------------------- keeping and pruning
+
+
+def test_the_last_k_and_the_pinned_are_kept(store: CheckpointStore) -> None:
+    for step in (10, 20):
+        save(store, step)
+    store.pin(10)
+    for step in (30, 40, 50):
+        save(store, step)
+    assert store.list() == [10, 40, 50]
+    assert store.latest() == 50
+    assert store.pinned() == {10}
+
+
+def test_an_absent_step_cannot_be_pinned(store: CheckpointStore) -> None:
+    save(store, 1)
+    with pytest.raises(CheckpointError, match="cannot pin step 2"):
+        store.pin(2)
+
+
+def test_unreadable_pins_stop_pruning_rather_than_lose_them(store: CheckpointStore, tmp_path: Path) -> None:
+    save(store, 1)
+    (tmp_path / "checkpoints" / "pinned.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"pinned\.json"):
+        save(store, 2)
+    assert store.list() == [1, 2]
+
+
+def test_saving_a_step_again_replaces_it(store: CheckpointStore, tmp_path: Path) -> None:
+    for value in (1.0, 2.0, 3.0):
+        save(store, 5, value)
+    assert store.list() == [5]
+    assert store.load().state == {"beta": 3.0}
+    assert len(names(tmp_path / "checkpoints")) == 1
+
+
+def test_steps_are_ordered_as_numbers(store: CheckpointStore) -> None:
+    save(store, 999_999_999)
+    save(store, 1_000_000_000)
+    assert store.latest() == 1_000_000_000
+
+
+def test_no_checkpoint_is_said_so(store: CheckpointStore) -> None:
+    assert store.latest() is None
+    assert store.list() == []
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        store.load()
+    save(store, 4)
+    with pytest.raises(CheckpointError, match="steps there: 4"):
+        store.load(9)
+
+
+# ---------------------------------------------------------------- damage
+
+
+def damage(path: Path, how: str) -> None:
+    target = path / "policy.safetensors"
+    if how == "truncated":
+        target.write_bytes(target.read_bytes()[:-4])
+    elif how == "flipped":
+        data = bytearray(target.read_bytes())
+        data[-1] ^= 1
+        target.write_bytes(bytes(data))
+    elif how == "missing":
+        target.unlink()
+    elif how == "manifest":
+        (path / "manifest.json").write_text("{")
+    elif how == "manifest of other shape":
+        (path / "manifest.json").write_text('{"step": 2, "schema_version": 1, "files": {"state.json": {}}}')
+    elif how == "schema":
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "manifest", "manifest of other shape", "schema"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    save(store, 1, 1.0)
+    damage(save(store, 2, 2.0), how)
+    with caplog.at_level(logging.WARNING):
+        assert store.load().step == 1
+    assert "step-00000002 is damaged" in caplog.text
+    with pytest.raises(CheckpointError, match="step 2 is damaged"):
+        store.load(2)
+
+
+def test_all_damaged_is_an_error_naming_each(store: CheckpointStore) -> None:
+    for step in (1, 2):
+        damage(save(store, step), "flipped")
+    with pytest.raises(CheckpointError) as caught:
+        store.load()
+    assert "step-00000001" in caught.value.got
+    assert "step-00000002" in caught.value.got
+
+
+# ---------------------------------------------------------------- a disk that refuses
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("moment", ["tensors", "manifest", "rename"])
+def test_a_full_disk_leaves_what_was_there(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    save(store, 1)
+    with monkeypatch.context() as patch:
+        if moment == "tensors":
+            patch.setattr(checkpoint_module, "_write_tensors", refuse)
+        elif moment == "manifest":
+            patch.setattr(checkpoint_module, "_manifest", refuse)
+        else:
+            patch.setattr(Path, "rename", refuse)
+        with pytest.raises(CheckpointError) as caught:
+            save(store, 2)
+    assert "No space left" in caught.value.got
+    assert "free disk space" in caught.value.do
+    assert names(tmp_path / "checkpoints") == ["step-00000001"]
+    assert store.load().step == 1
+    save(store, 2)
+    assert store.latest() == 2
+
+
+def test_a_real_write_limit_leaves_what_was_there(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes the kernel refuse inside safetensors' own writer."""
+    code = """
+import resource, signal, sys, torch
+from pathlib import Path
+from cluster.checkpoint import CheckpointStore
+from cluster.errors import CheckpointError
+store = CheckpointStore(Path(sys.argv[1]), keep_last=2)
+store.save(1, tensors={"policy": {"w": torch.zeros(10)}}, state={})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    store.save(2, tensors={"policy": {"w": torch.zeros(100_000)}}, state={})
+except CheckpointError as error:
+    print(error)
+print(store.list(), store.load().step)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "c")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "cannot write the checkpoint of step 2" in done.stdout
+    assert done.stdout.endswith("[1] 1\n")
+    assert names(tmp_path / "c") == ["step-00000001"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only directories")
+def test_a_read_only_directory_is_said_so(store: CheckpointStore, tmp_path: Path) -> None:
+    save(store, 1)
+    (tmp_path / "checkpoints").chmod(0o500)
+    try:
+        with pytest.raises(CheckpointError, match="cannot write"):
+            save(store, 2)
+    finally:
+        (tmp_path / "checkpoints").chmod(0o700)
+
+
+def test_a_kill_between_files_leaves_no_checkpoint_and_is_cleaned_up(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, torch
+from pathlib import Path
+from cluster import checkpoint
+store = checkpoint.CheckpointStore(Path(sys.argv[1]), keep_last=2)
+store.save(1, tensors={"policy": {"w": torch.zeros(10)}}, state={})
+checkpoint._manifest = lambda step, directory: os.kill(os.getpid(), signal.SIGKILL)
+store.save(2, tensors={"policy": {"w": torch.zeros(10)}}, state={})
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert any(".tmp-" in name for name in names(tmp_path / "c"))
+    store = CheckpointStore(tmp_path / "c", keep_last=2)
+    assert store.list() == [1]
+    assert store.load().step == 1
+    save(store, 2)
+    assert names(tmp_path / "c") == ["step-00000001", "step-00000002"]
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "a.txt"
+    atomic_write_text(path, "one ü")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match="No space"):
+            atomic_write_text(path, "two")
+    assert path.read_text(encoding="utf-8") == "one ü"
+    assert names(path.parent) == ["a.txt"]
+
+
+def test_an_atomic_directory_is_absent_after_an_error(tmp_path: Path) -> None:
+    def fill_and_fail() -> None:
+        with atomic_directory(tmp_path / "d") as directory:
+            (directory / "file").write_text("x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fill_and_fail()
+    assert names(tmp_path) == []
+
+
+def test_an_atomic_directory_does_not_replace(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    with pytest.raises(FileExistsError), atomic_directory(tmp_path / "d"):
+        raise AssertionError("the block must not run")
+
+
+def test_only_leftovers_of_writers_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "a.tmp-12").mkdir()
+    (tmp_path / "b.tmp-9").write_text("x")
+    (tmp_path / "c.tmp-mine").write_text("x")
+    remove_stale(tmp_path)
+    assert names(tmp_path) == ["c.tmp-mine"]
+
+
+def test_json_lines_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with JsonlWriter(path) as writer:
+        writer.write({"a": 1, "text": "line\nbreak ü"})
+        assert read_jsonl(path) == [{"a": 1, "text": "line\nbreak ü"}]
+        writer.write({"a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}})
+    assert read_jsonl(path)[1] == {"a": None, "b": [1.0, None], "c": {"d": None}}
+
+
+def test_a_torn_last_line_is_left_out_and_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2')
+    assert read_jsonl(path) == [{"a": 1}]
+    with JsonlWriter(path) as writer:
+        writer.write({"a": 3})
+    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}')
+    with JsonlWriter(path) as writer:
+        writer.write({"a": 2})
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n[2]\n{"a": 3}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2"):
+        read_jsonl(path)
+
+
+def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read"):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    tail = JsonlTail(path)
+    assert tail.read() == []
+    path.write_text('{"a": 1}\n{"a"')
+    assert tail.read() == [{"a": 1}]
+    assert tail.read() == []
+    with path.open("a") as file:
+        file.write(': 2}\nnot json\n{"a": 3}\n')
+    assert tail.read() == [{"a": 2}, {"a": 3}]
+    path.write_text('{"a": 4}\n')
+    assert tail.read() == [{"a": 4}]
+
+
+def test_a_tail_of_a_file_cut_back_gives_only_what_is_new(tmp_path: Path) -> None:
+    """A learner that comes back cuts the steps after its checkpoint off, and goes on."""
+    path = tmp_path / "a.jsonl"
+    tail = JsonlTail(path)
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
+    assert len(tail.read()) == 3
+    atomic_write_text(path, '{"a": 1}\n{"a": 2}\n')
+    assert tail.read() == []
+    atomic_write_text(path, '{"a": 1}\n{"a": 2}\n{"a": 30}\n{"a": 4}\n')
+    assert tail.read() == [{"a": 30}, {"a": 4}]
+    assert tail.read() == []
