@@ -183,6 +183,8 @@ class VllmEngine:
             return
         llm, self._llm = self._llm, None
         self._end("shut down")
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()  # else it reports the end that we ask for as an error
         await asyncio.to_thread(llm.shutdown)
         del llm
         gc.collect()  # now, in a cycle, or at interpreter exit, where vLLM's __del__ fails on modules already gone

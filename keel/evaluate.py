@@ -18,6 +18,7 @@ from keel.runtime import Runtime, wait_for
 from keel.sampling import Answer, Question, answer_all, load_questions
 
 _SYNC_TIMEOUT_S = 60.0
+_SCORE_TIMEOUT_S = 600.0
 _LAST_STEPS = 5
 
 
@@ -34,10 +35,11 @@ def evaluate_policy(runtime: Runtime, roles: Roles, *, tag: str, model_dir: Path
         _hold_final_weights(runtime, rollout)
     questions = load_questions(config, run.path, table="eval_prompts", limit=config.evaluation.prompts)
     answers = answer_all(runtime, rollout, questions, stage="evaluate", temperature=config.rollout.temperature)
-    rewards = _rewards(runtime, reward, questions, answers)
-    kl = runtime.call(_sequence_kl, str(model_dir), str(run.path / "sft" / "model"),
-                      [(question.token_ids, answer.token_ids) for question, answer in zip(questions, answers, strict=True)],
-                      config.rollout.temperature)  # fmt: skip
+    sequences = [(question.token_ids, answer.token_ids) for question, answer in zip(questions, answers, strict=True)]
+    rewards: list[float] = runtime.ray.get(reward.handles[0].score.remote(sequences), timeout=_SCORE_TIMEOUT_S)
+    kl = runtime.call(
+        _sequence_kl, str(model_dir), str(run.path / "sft" / "model"), sequences, config.rollout.temperature
+    )
     rows = [
         {"prompt": question.text, "answer": answer.text, "truncated": answer.truncated, "reward": reward_raw}
         for question, answer, reward_raw in zip(questions, answers, rewards, strict=True)
@@ -86,14 +88,6 @@ def _hold_final_weights(runtime: Runtime, rollout: RolePool) -> None:
     ray.get(waiting)
 
 
-def _rewards(
-    runtime: Runtime, reward: RolePool, questions: Sequence[Question], answers: Sequence[Answer]
-) -> list[float]:
-    pairs = [(question.token_ids, answer.token_ids) for question, answer in zip(questions, answers, strict=True)]
-    scores: list[float] = runtime.ray.get(reward.handles[0].score.remote(pairs), timeout=600)
-    return scores
-
-
 def write_samples(runtime: Runtime) -> None:
     """samples.jsonl: answers before and after, side by side."""
     before = read_jsonl(runtime.run.path / "eval" / "sft.rows.jsonl")
@@ -115,6 +109,7 @@ def write_summary(runtime: Runtime) -> None:
     last: dict[str, Any] = steps[-1] if steps else {}
     evaluations = {tag: _read_json(run.path / "eval" / f"{tag}.json") for tag in ("sft", "final")}
     before, after = evaluations["sft"], evaluations["final"]
+    earlier = _read_json(run.path / "summary.json")
     busy = [step["tokens_per_second_rollout"] for step in steps if step.get("tokens_per_second_rollout")]
     summary = {
         "name": config.name,
@@ -133,7 +128,7 @@ def write_summary(runtime: Runtime) -> None:
         "stage_seconds": run.stage_seconds,
         **_read_json(run.path / "online.json"),
         "tokens_per_second_rollout": statistics.median(busy) if busy else None,
-        "peak_rss_bytes": max(runtime.memory.peak_bytes, _read_json(run.path / "summary.json").get("peak_rss_bytes", 0)),
+        "peak_rss_bytes": max(runtime.memory.peak_bytes, earlier.get("peak_rss_bytes", 0)),
         "rm": {key: value for key, value in _read_json(run.path / "rm" / "manifest.json").items() if key != "members"},
         "evaluation": evaluations,
         "data": _read_json(run.path / "data" / "report.json"),

@@ -43,7 +43,7 @@ class Roles:
 
     def rollout(self, model_dir: Path) -> RolePool:
         """The rollout actors; started with the weights in `model_dir` when they are not up yet."""
-        config = self._runtime.config
+        config, channel = self._runtime.config, self.channel
 
         def spec(index: int, incarnation: int) -> RolloutSpec:
             return RolloutSpec(
@@ -51,7 +51,7 @@ class Roles:
                 model_path=str(model_dir.resolve()),
                 redis_url=self._runtime.redis_url,
                 log_dir=str(self._log_dir),
-                channel=self.channel,
+                channel=channel,
                 index=index,
                 incarnation=incarnation,
             )

@@ -28,6 +28,7 @@ from keel.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
 
+
 class Runtime:
     """Started lazily: a run of offline stages needs no queue server."""
 
@@ -103,9 +104,9 @@ class Runtime:
         from cluster.supervise import unwrapped
 
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        task = ray.remote(
-            num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": environment}
-        )(function)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": environment})(
+            function
+        )
         reference = task.remote(*args)
         try:
             while not ray.wait([reference], timeout=0.3)[0]:

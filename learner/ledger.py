@@ -1,6 +1,6 @@
 """The learner's account of every task: what was issued, and the one outcome that each task gets.
 
-Pure bookkeeping, no input or output. Always holds: issued = trained + stale_dropped + dead + len(outstanding) + len(held).
+Pure bookkeeping, no input or output. Always holds: issued = trained + stale_dropped + dead + outstanding + held.
 That identity is what lets a run lose actors, reward workers or a whole queue server and still lose no sample.
 """
 
@@ -135,18 +135,19 @@ class Ledger:
             self._broken.discard(group)
 
     def take(self, count: int) -> list[ScoredRollout] | None:
-        """`count` held results in whole groups, oldest task first; None while there are not enough."""
-        ready = [
-            members
-            for group, members in self._groups.items()
-            if group not in self._broken and all(task_id in self._held for task_id in members)
-        ]
+        """The `count` oldest tasks' results, in whole groups and in the order they were issued; None while one of them
+        is still out.
+
+        Strictly in that order: taking whatever came in first would fill batches with short answers, which finish first,
+        and teach the policy about them twice.
+        """
         chosen: list[str] = []
-        for members in ready:
-            if len(chosen) + len(members) <= count:
-                chosen.extend(sorted(members))
-            if len(chosen) == count:
+        for group, members in self._groups.items():
+            if group in self._broken:
+                continue
+            if len(chosen) + len(members) > count or not members <= self._held.keys():
                 break
+            chosen.extend(sorted(members))
         if len(chosen) < count:
             return None
         batch = [self._held.pop(task_id) for task_id in chosen]

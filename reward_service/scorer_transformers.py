@@ -248,7 +248,9 @@ def weights_id(directory: Path) -> str:
 
 def _load_model(directory: Path, *, classifier: bool, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # it would write into the logs of a process that nobody watches
     if not (directory / "config.json").is_file():
         raise ModelError(
             "model not found",

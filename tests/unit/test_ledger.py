@@ -41,16 +41,16 @@ def test_a_task_past_its_deadline_is_issued_again_with_a_higher_attempt() -> Non
     assert (ledger.counts.issued, ledger.counts.reissued) == (2, 2)
 
 
-def test_take_gives_the_oldest_whole_groups() -> None:
+def test_take_waits_for_the_oldest_groups_however_late_they_come() -> None:
     groups = {"a-0": "g", "a-1": "g", "a-2": "h", "a-3": "h"}
     ledger, tasks = ledger_with("a-0", "a-1", "a-2", "a-3", groups=groups)
     for done in (tasks[3], tasks[2], tasks[1]):
         ledger.accept(scored(done))
-    batch = ledger.take(2)
-    assert batch is not None
-    assert [result.rollout.task.task_id for result in batch] == ["a-2", "a-3"]
     assert ledger.take(2) is None
     ledger.accept(scored(tasks[0]))
+    batch = ledger.take(2)
+    assert batch is not None
+    assert [result.rollout.task.task_id for result in batch] == ["a-0", "a-1"]
     assert len(ledger.take(2) or []) == 2
 
 
