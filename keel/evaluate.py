@@ -15,7 +15,7 @@ from cluster.plugin import resolve
 from cluster.supervise import RolePool
 from keel.roles import Roles
 from keel.runtime import Runtime, wait_for
-from keel.sampling import Answer, Question, answer_all, load_questions
+from keel.sampling import answer_all, load_questions
 
 _SYNC_TIMEOUT_S = 60.0
 _SCORE_TIMEOUT_S = 600.0

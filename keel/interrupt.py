@@ -15,10 +15,11 @@ class InterruptedRun(KeelError):
 
 
 class StopRequest:
-    """Set by the first SIGINT or SIGTERM."""
+    """requested: set by the first SIGINT or SIGTERM. at_once: set by the second."""
 
     def __init__(self) -> None:
         self.requested = False
+        self.at_once = False
 
     def check(self) -> None:
         """Raise InterruptedRun once a stop was asked for. Called from the driver's waiting loops."""
@@ -32,7 +33,10 @@ def stop_on_signal() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        if request.at_once:
+            return  # Already on the way out; clearing up must not be cut short.
         if request.requested:
+            request.at_once = True
             raise KeyboardInterrupt
         request.requested = True
         print(f"\nkeel: {signal.Signals(number).name}: saving and stopping; once more stops at once", flush=True)

@@ -37,6 +37,9 @@ def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
             except InterruptedRun as error:
                 print(f"keel: {error}", flush=True)
                 return INTERRUPTED_EXIT_CODE
+            except KeyboardInterrupt:
+                print("keel: stopped at once; earlier checkpoints are kept, --resume goes on from the last", flush=True)
+                return INTERRUPTED_EXIT_CODE
     print(f"keel: done: {run.path}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Ray's environment variables, which it reads when it is imported: so this comes first."""
+"""Environment variables of the processes that a run starts. Ray reads its own when it is imported."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ RAY_ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
+
+
+def torch_environment(threads: int) -> dict[str, str]:
+    """Of a process that computes with torch. Idle OpenMP threads sleep: when roles share cores, spinning ones cost
+    the others most of their speed."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def prepare_ray_environment() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from actors.rollout_actor import RolloutActor, RolloutSpec
 from cluster.supervise import Role, RolePool
+from keel.ray_environment import torch_environment
 from keel.runtime import Runtime
 from learner.learner_actor import LearnerActor, LearnerSpec
 from reward_service.reward_actor import RewardActor, RewardSpec
@@ -62,7 +63,7 @@ class Roles:
             spec=spec,
             cpus=config.rollout.cpus_per_actor,
             gpus=config.rollout.gpus_per_actor,
-            env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            env=torch_environment(threads=1),
             max_restarts=config.rollout.max_restarts,
             start_timeout_s=config.rollout.boot_timeout_s,
         )
@@ -87,7 +88,7 @@ class Roles:
             spec=spec,
             cpus=config.reward.cpus_per_worker,
             gpus=config.reward.gpus_per_worker,
-            env=_torch_environment(config.reward.threads),
+            env=torch_environment(config.reward.threads),
             max_restarts=config.reward.max_restarts,
         )
         return self._pool(role, count=config.reward.workers)
@@ -111,7 +112,7 @@ class Roles:
             spec=spec,
             cpus=config.learner.cpus,
             gpus=config.learner.gpus,
-            env=_torch_environment(config.learner.threads),
+            env=torch_environment(config.learner.threads),
             finite=True,
         )
         return self._pool(role, count=1)
@@ -121,6 +122,7 @@ class Roles:
         while not until():
             for pool in self.running:
                 pool.poll(timeout_s=0.2 / len(self.running))
+            self._runtime.check_server()
             self._runtime.refresh()
 
     def stop(self, *names: str) -> None:
@@ -128,7 +130,7 @@ class Roles:
         for name in names:
             pool = self._pools.pop(name, None)
             if pool is not None:
-                pool.stop(grace_s=STOP_GRACE_S)
+                pool.stop(grace_s=0.0 if self._runtime.stop.at_once else STOP_GRACE_S)
 
     def _pool(self, role: Role, *, count: int) -> RolePool:
         if role.name not in self._pools:
@@ -141,7 +143,3 @@ class Roles:
     @property
     def _log_dir(self) -> Path:
         return (self._runtime.run.path / "logs").resolve()
-
-
-def _torch_environment(threads: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

@@ -20,10 +20,12 @@ from typing import Any
 
 import psutil
 
+from cluster.errors import SupervisionError
 from cluster.redis_server import EmbeddedServer
 from cluster.run_redis import RunRedis
 from configs.run import RunConfig
 from keel.interrupt import StopRequest
+from keel.ray_environment import torch_environment
 from keel.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Runtime:
         self.refresh = refresh
         self.memory = MemoryWatch()
         self._stack = ExitStack()
+        self._server: EmbeddedServer | None = None
 
     def __enter__(self) -> Runtime:
         self._stack.enter_context(self.memory)
@@ -63,9 +66,19 @@ class Runtime:
         """URL of a checked, writable server: the configured one, or one started on loopback for this run."""
         url = self.config.redis.url
         if url is None:
-            url = self._stack.enter_context(EmbeddedServer(self.run.path / "redis")).url
+            self._server = self._stack.enter_context(EmbeddedServer(self.run.path / "redis"))
+            url = self._server.url
         asyncio.run(self._check_redis(url))
         return url
+
+    def check_server(self) -> None:
+        """Raise SupervisionError when the server that this run started has ended."""
+        if self._server is not None and not self._server.alive:
+            raise SupervisionError(
+                "the embedded queue server ended by itself",
+                got=f"see {self._server.log_file}",
+                do="look there (out of memory? killed?), then go on with --resume",
+            )
 
     async def _check_redis(self, url: str) -> None:
         redis = RunRedis(
@@ -86,7 +99,14 @@ class Runtime:
 
         address = self.config.ray.address
         if address is not None:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise SupervisionError(
+                    "cannot join the Ray cluster",
+                    got=f"{address}: {error}",
+                    do="check ray.address and the cluster's token on this machine; leave it out for a local Ray",
+                ) from error
         else:
             ray.init(
                 num_cpus=self.config.ray.num_cpus or max(os.cpu_count() or 1, _cpus_needed(self.config)),
@@ -103,7 +123,7 @@ class Runtime:
         ray = self.ray
         from cluster.supervise import unwrapped
 
-        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment = torch_environment(threads)
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": environment})(
             function
         )

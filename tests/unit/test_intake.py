@@ -62,6 +62,15 @@ async def issued(streams: MemoryStreams) -> list[PromptTask]:
     return [decode(entry.payload, PromptTask) for entry in entries]
 
 
+async def next_issued(streams: MemoryStreams) -> list[PromptTask]:
+    """What is issued next, letting the other tasks run meanwhile."""
+    tasks: list[PromptTask] = []
+    for _ in range(1000):
+        await asyncio.sleep(0)
+        tasks = tasks or await issued(streams)
+    return tasks
+
+
 async def test_issues_what_the_gate_allows_and_trains_on_what_comes_back() -> None:
     streams, stop = ImpatientStreams(), asyncio.Event()
     intake = make_intake(streams, Clock(), staleness=1)
@@ -84,8 +93,7 @@ async def test_a_dead_letter_is_counted_and_replaced() -> None:
     await streams.publish(StreamName.DEAD, [encode(letter)])
     await streams.publish(StreamName.SCORED, [encode(scored(second))])
     taking = asyncio.create_task(intake.take_batch(step=0, version=0, stop=stop))
-    while not (replacement := await issued(streams)):
-        await asyncio.sleep(0)
+    replacement = await next_issued(streams)
     await streams.publish(StreamName.SCORED, [encode(scored(replacement[0]))])
     batch = await taking
     assert batch is not None
@@ -129,8 +137,7 @@ async def test_stale_samples_are_replaced() -> None:
     old = await issued(streams)
     await streams.publish(StreamName.SCORED, [encode(scored(task, version=3)) for task in old])
     taking = asyncio.create_task(intake.take_batch(step=0, version=5, stop=stop))
-    while not (fresh := await issued(streams)):
-        await asyncio.sleep(0)
+    fresh = await next_issued(streams)
     await streams.publish(StreamName.SCORED, [encode(scored(task, version=5)) for task in fresh])
     batch = await taking
     assert batch is not None

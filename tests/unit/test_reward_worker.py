@@ -243,6 +243,39 @@ async def test_a_stuck_forward_is_given_up_and_its_neighbours_are_scored(world: 
     assert scored.rollout.task.task_id == "a"
 
 
+async def test_every_rollout_is_scored_once_though_workers_die_and_forwards_fail(world: World) -> None:
+    names = {f"t{i}" for i in range(60)}
+    failed: set[str] = set()
+
+    def fail_once(batch: Sequence[Rollout]) -> None:
+        new = {item.task.task_id for item in batch if int(item.task.task_id[1:]) % 7 == 3} - failed
+        if new and len(batch) == 1:
+            failed.update(new)
+        if new:
+            raise RuntimeError("a passing fault")
+
+    world.scorer.before = fail_once
+    await world.publish(*(rollout(name) for name in sorted(names)))
+    runs = []
+    for number in range(3):
+        world.settings = WorkerSettings(consumer=f"w{number}", batch_size=4, batch_wait_s=0.0, claim_wait_s=0.02)
+        runs.append(asyncio.create_task(world.worker().run()))
+    scored = [item.rollout.task.task_id for item in await world.scored(5)]
+    runs[0].cancel()  # dies with what it holds
+    scored += [item.rollout.task.task_id for item in await world.scored(20)]
+    runs[1].cancel()
+    await asyncio.gather(*runs[:2], return_exceptions=True)
+    while len(scored) < 60:
+        world.clock.now_s += 31.0
+        scored += [item.rollout.task.task_id for item in await world.scored(1)]
+    runs[2].cancel()
+    await asyncio.gather(*runs, return_exceptions=True)
+    assert sorted(scored) == sorted(names)
+    assert len(failed) == 9  # 3, 10, 17, … 59: each failed alone once, and was scored at a later delivery
+    assert await world.left() == 0
+    assert await world.streams.claim(StreamName.DEAD, consumer="test", max_count=1, wait_s=0.0) == []
+
+
 # ---------------------------------------------------------------- ends
 
 
