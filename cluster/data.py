@@ -12,8 +12,7 @@ Nothing is dropped without a counted reason; a table with no usable record left 
 from __future__ import annotations
 
 import hashlib
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,6 +37,7 @@ from cluster.data_records import (
 from cluster.data_tables import read_table
 from cluster.dialogues import Rejection, check_answer, check_prompt, compare, compare_dialogues
 from cluster.errors import ConfigError, DataError
+from cluster.plugin import resolve
 from cluster.text import encode_answer, encode_prompt
 from configs.run import DataSection, FileSource, HubSource, RunConfig, WorldSource
 
@@ -110,21 +110,8 @@ def _require_usable(report: DataReport) -> None:
 # ---------------------------------------------------------------- world
 
 
-def import_object(reference: str) -> Any:
-    """ "package.module:name" → the object. Raises ConfigError."""
-    module, _, name = reference.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"cannot import {reference!r}",
-            got=f"{type(error).__name__}: {error}",
-            do='write "package.module:name" of something importable from where keel runs',
-        ) from error
-
-
 def _from_world(world: WorldSource, *, directory: Path, seed: int) -> dict[str, TableReport]:
-    make: Callable[..., None] = import_object(world.factory)
+    make = resolve(world.factory, key="data.world.factory")
     make(directory, seed=seed, sft_examples=world.sft_examples, prompts=world.prompts, eval_prompts=world.eval_prompts)
     tables: dict[str, TableReport] = {}
     for name in ("sft", "prompts", "eval_prompts"):

@@ -13,7 +13,6 @@ A prompt is plain text or a list of chat messages ({"role", "content"}).
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, TypeVar
@@ -21,6 +20,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from cluster.errors import DataError
+from cluster.files import atomic_write_bytes
 
 Prompt = str | list[dict[str, str]]
 
@@ -102,15 +102,9 @@ def stable_prompt_id(prompt: Prompt) -> str:
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Write beside, flush, rename: a reader sees the old file or the whole new one."""
-    beside = path.with_name(path.name + ".part")
+    """A reader sees the old file or the whole new one. Raises DataError when the disk refuses."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
+        atomic_write_bytes(path, payload)
     except OSError as error:
         raise DataError(
             f"cannot write {path}", got=str(error), do="free some disk space or choose another runs_dir"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import KeelError, NonFiniteError
+from cluster.files import atomic_directory, remove_directory
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -145,16 +146,15 @@ def whole_directory(target: Path, *, error: type[KeelError]) -> Iterator[Path]:
     """
     from safetensors import SafetensorError  # what a full disk raises while weights are written
 
-    beside = target.with_name(target.name + ".part")
+    beside = target.with_name(target.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        shutil.rmtree(target, ignore_errors=True)
-        beside.replace(target)
+        with atomic_directory(beside) as directory:
+            yield directory
+        if target.exists():
+            remove_directory(target)
+        beside.rename(target)
     except (OSError, SafetensorError) as cause:
         raise error(
             f"cannot write {target}", got=str(cause), do="free some disk space or choose another runs_dir"
         ) from cause
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -226,7 +226,8 @@ class RedisClient:
         return StreamError("Redis refused a command", got=f"{at}: {text}", do="check the server's version and log")
 
     def _refusal(self, error: refused.ResponseError, *, what: str) -> Exception:
-        if "NOGROUP" in str(error):
+        # A read that was blocked when the stream was deleted says UNBLOCKED in Redis 7.0, NOGROUP later.
+        if str(error).startswith(("NOGROUP", "UNBLOCKED")):
             return NoGroupError(str(error))
         return self._explain(error, what=what)
 

@@ -180,6 +180,7 @@ class RunRedis:
         await self._client.check(self._keys)
 
     async def close(self) -> None:
+        await self.streams.close()
         await self._client.close()
 
     async def __aenter__(self) -> Self:

@@ -29,6 +29,7 @@ from cluster.streams import Delivery, Depth, StreamName
 _Answer = TypeVar("_Answer")
 _SWEEPS_PER_LEASE: Final = 4
 _PAUSE_S: Final = 0.1
+_HOPS_PER_SCRIPT: Final = 128
 _TOKEN_TTL_MS: Final = int(TOKEN_TTL_S * 1000)
 
 # In every script the first write is one that an out-of-memory server refuses, or one that frees memory: Redis lets the
@@ -43,15 +44,28 @@ return #ARGV - 2
 """)
 
 _ADVANCE: Final = Script("""
--- KEYS: token, source, target. ARGV: token ttl ms, field, group, entry id, payload
+-- KEYS: token, streams… ARGV: token ttl ms, field, group, then for each hop: index of its source and of its target
+-- among the streams, entry id, payload. Returns one digit a hop, 1 where the entry was still there.
 local answered = redis.call('GET', KEYS[1])
-if answered then return tonumber(answered) end
-local ours = redis.call('XACK', KEYS[2], ARGV[3], ARGV[4])
-if ours == 0 then return 0 end
-redis.call('XADD', KEYS[3], '*', ARGV[2], ARGV[5])
-redis.call('XDEL', KEYS[2], ARGV[4])
-redis.call('SET', KEYS[1], 1, 'PX', ARGV[1])
-return 1
+if answered then return answered end
+local moved, any = {}, false
+for i = 4, #ARGV, 4 do
+  local source, target = KEYS[1 + ARGV[i]], KEYS[1 + ARGV[i + 1]]
+  local acknowledged = redis.pcall('XACK', source, ARGV[3], ARGV[i + 2])
+  if type(acknowledged) == 'table' then
+    -- An id that is none is not there either; it must not undo the other hops. Other refusals hit the first hop.
+    if not string.find(acknowledged['err'], 'Invalid stream ID', 1, true) then return acknowledged end
+    acknowledged = 0
+  end
+  if acknowledged == 1 then
+    redis.call('XADD', target, '*', ARGV[2], ARGV[i + 3])
+    redis.call('XDEL', source, ARGV[i + 2])
+    any = true
+  end
+  table.insert(moved, acknowledged)
+end
+if any then redis.call('SET', KEYS[1], table.concat(moved), 'PX', ARGV[1]) end
+return table.concat(moved)
 """)
 
 _SETTLE: Final = Script("""
@@ -151,6 +165,17 @@ class _Consumer:
     """Entries that our caller works on → when their lease runs out. After that they are anybody's, ours too."""
 
 
+@dataclass(frozen=True)
+class _Hop:
+    """One `advance` on its way; `done` gets its answer."""
+
+    source: StreamName
+    target: StreamName
+    entry_id: str
+    payload: bytes
+    done: asyncio.Future[bool]
+
+
 class RedisStreams:
     """The streams of one run. `lease_s` must lie well over the longest piece of work, or be renewed in time; `clock`
     (seconds) paces the search for leases that ran out, whose age the server measures."""
@@ -163,6 +188,8 @@ class RedisStreams:
         self._lease_s = lease_s
         self._clock = clock
         self._consumers: dict[tuple[StreamName, str], _Consumer] = {}
+        self._hops: list[_Hop] = []
+        self._hopping: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"RedisStreams({self._client.address}, run={self._keys.run!r})"
@@ -175,11 +202,14 @@ class RedisStreams:
         await self._client.script(_PUBLISH, keys=keys, args=[_TOKEN_TTL_MS, PAYLOAD_FIELD, *payloads])
 
     async def advance(self, source: StreamName, entry_id: str, *, target: StreamName, payload: bytes) -> bool:
-        keys = [self._new_token(), self._keys.stream(source), self._keys.stream(target)]
-        args: list[Arg] = [_TOKEN_TTL_MS, PAYLOAD_FIELD, GROUP, entry_id, payload]
-        advanced = await self._client.script(_ADVANCE, keys=keys, args=args)
+        """As the seam says. Calls made at the same time travel in one script: a scored batch costs one round trip."""
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._hops.append(_Hop(source, target, entry_id, payload, done))
+        if self._hopping is None or self._hopping.done():
+            self._hopping = asyncio.create_task(self._send_hops(), name="redis-hops")
+        advanced = await done
         self._forget(source, [entry_id])
-        return bool(advanced)
+        return advanced
 
     async def settle(self, stream: StreamName, entry_ids: Sequence[str]) -> int:
         if not entry_ids:
@@ -228,7 +258,41 @@ class RedisStreams:
             return found
 
     async def close(self) -> None:
-        """The client belongs to whoever made it."""
+        """Ends the hops under way. The client belongs to whoever made it."""
+        if self._hopping is not None:
+            self._hopping.cancel()
+            await asyncio.wait([self._hopping])
+
+    async def _send_hops(self) -> None:
+        """Lives as long as there are hops. Whatever ends it ends every hop that waits: a server that failed one batch
+        for a whole deadline will not do better for the next."""
+        batch: list[_Hop] = []
+        try:
+            while self._hops:
+                batch, self._hops = self._hops[:_HOPS_PER_SCRIPT], self._hops[_HOPS_PER_SCRIPT:]
+                for hop, moved in zip(batch, await self._move(batch), strict=True):
+                    if not hop.done.done():
+                        hop.done.set_result(moved)
+        except StreamError as error:
+            for hop in self._take_hops(batch):
+                hop.done.set_exception(error)
+        finally:
+            for hop in self._take_hops(batch):
+                hop.done.cancel()
+
+    def _take_hops(self, batch: list[_Hop]) -> list[_Hop]:
+        """The hops of `batch` and of the queue that still wait for an answer; empties the queue."""
+        waiting, self._hops = [*batch, *self._hops], []
+        return [hop for hop in waiting if not hop.done.done()]
+
+    async def _move(self, batch: Sequence[_Hop]) -> list[bool]:
+        names = list(StreamName)
+        args: list[Arg] = [_TOKEN_TTL_MS, PAYLOAD_FIELD, GROUP]
+        for hop in batch:
+            args += [names.index(hop.source) + 1, names.index(hop.target) + 1, hop.entry_id, hop.payload]
+        keys = [self._new_token(), *(self._keys.stream(name) for name in names)]
+        moved: bytes = await self._client.script(_ADVANCE, keys=keys, args=args)
+        return [digit == ord("1") for digit in moved]
 
     async def _take_over(self, state: _Consumer, stream: StreamName, consumer: str, max_count: int) -> list[Delivery]:
         """Own entries after a lost reply, then those whose lease ran out."""

@@ -30,6 +30,8 @@ def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
         with Display(run.path, wanted) as display:
             try:
                 with Runtime(config, run, stop=stop, refresh=display.refresh) as runtime:
+                    if config.redis.url is not None:
+                        runtime.check_redis()
                     roles = Roles(runtime)
                     for stage in wanted:
                         _run_stage(stage, run, functools.partial(STAGE_FUNCTIONS[stage], runtime, roles))

@@ -76,12 +76,22 @@ def open_run(config: RunConfig, *, resume: bool, fresh: bool) -> Iterator[RunDir
     path.mkdir(parents=True, exist_ok=True)
     (path / "logs").mkdir(exist_ok=True)
     with _locked(path):
-        text = dump_config(config)
+        text = dump_config(_without_secrets(config))
         resolved = path / "config.yaml"
         if resume and resolved.exists() and resolved.read_text() != text:
             _check_resumable(resolved.read_text(), text)
         atomic_write_text(resolved, text)
         yield RunDirectory(path)
+
+
+def _without_secrets(config: RunConfig) -> RunConfig:
+    """The configuration as it may lie on disk: no password in the server's URL."""
+    url = config.redis.url
+    if url is None or "@" not in url:
+        return config
+    scheme, _, rest = url.partition("://")
+    redis = config.redis.model_copy(update={"url": f"{scheme}://***@{rest.rpartition('@')[2]}"})
+    return config.model_copy(update={"redis": redis})
 
 
 def _check_resumable(old_text: str, new_text: str) -> None:

@@ -71,6 +71,10 @@ class Runtime:
         asyncio.run(self._check_redis(url))
         return url
 
+    def check_redis(self) -> None:
+        """Raise StreamError now, before the long stages, if the configured server is not to be used."""
+        assert self.redis_url
+
     def check_server(self) -> None:
         """Raise SupervisionError when the server that this run started has ended."""
         if self._server is not None and not self._server.alive:

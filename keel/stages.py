@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from cluster.data import prepare_data
-from configs.run import RunConfig, Stage
+from cluster.text import resolve_model_dir
+from configs.run import PretrainedModel, RunConfig, Stage
 from keel.collect import collect_preferences
 from keel.evaluate import evaluate_policy, write_samples, write_summary
 from keel.online import run_online
@@ -28,6 +29,9 @@ def _offline(stage_path: str, config: RunConfig, run_dir: Path) -> None:
 def data(runtime: Runtime, roles: Roles) -> None:
     """Text and records of the run, and the model it starts from."""
     del roles
+    model = runtime.config.model
+    if isinstance(model, PretrainedModel):
+        resolve_model_dir(model.path)  # Before anything is started: a wrong path is the commonest mistake.
     prepare_data(runtime.config, runtime.run.path)
     runtime.call(_make_model, runtime.config, runtime.run.path)
 

@@ -71,11 +71,15 @@ class Watch(NoMetrics):
         self.counts[what] += 1
         self._changed.set()
 
-    async def reached(self, what: str, count: int) -> None:
+    async def changed(self) -> None:
+        """Something is counted."""
+        self._changed.clear()
         async with asyncio.timeout(LONG_S):
-            while self.counts[what] < count:
-                self._changed.clear()
-                await self._changed.wait()
+            await self._changed.wait()
+
+    async def reached(self, what: str, count: int) -> None:
+        while self.counts[what] < count:
+            await self.changed()
 
 
 class World:

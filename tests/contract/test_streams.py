@@ -85,6 +85,32 @@ async def test_advance_moves_an_entry_once(world: World) -> None:
     assert (await world.streams.depth(PROMPTS)).in_flight == 0
 
 
+async def test_advances_at_the_same_time_each_get_their_own_answer(world: World) -> None:
+    sent = [f"{number}".encode() for number in range(300)]
+    await world.streams.publish(PROMPTS, sent)
+    taken = await take(world.streams, count=300)
+    await world.streams.settle(PROMPTS, [delivery.entry_id for delivery in taken[::3]])
+    ids = [delivery.entry_id for delivery in taken]
+    hops = (world.streams.advance(PROMPTS, id_, target=ROLLOUTS, payload=id_.encode()) for id_ in ["no id", *ids])
+    assert await asyncio.gather(*hops) == [False] + [number % 3 != 0 for number in range(300)]
+    moved = payloads(await take(world.streams, stream=ROLLOUTS, count=300))
+    assert moved == [id_.encode() for number, id_ in enumerate(ids) if number % 3]
+
+
+async def test_a_cancelled_advance_takes_no_other_with_it(world: World) -> None:
+    await world.streams.publish(PROMPTS, [b"1", b"2"])
+    one, two = await take(world.streams)
+    hops = [
+        asyncio.create_task(world.streams.advance(PROMPTS, d.entry_id, target=ROLLOUTS, payload=d.payload))
+        for d in (one, two)
+    ]
+    await asyncio.sleep(0)
+    hops[0].cancel()
+    assert await hops[1]
+    moved = payloads(await take(world.streams, stream=ROLLOUTS))
+    assert b"2" in moved
+
+
 async def test_an_entry_that_nobody_claimed_cannot_be_advanced_or_settled(world: World) -> None:
     await world.streams.publish(PROMPTS, [b"1", b"2"])
     (taken,) = await take(world.streams, count=1)
@@ -159,8 +185,8 @@ async def test_renewing_does_not_steal_back_nor_count_a_delivery(world: World) -
     (first,) = await take(world.streams)
     await world.expire_leases(PROMPTS)
     (second,) = await take(world.streams, consumer="b")
-    await world.streams.renew(PROMPTS, consumer="a", entry_ids=[first.entry_id])
     await world.streams.renew(PROMPTS, consumer="b", entry_ids=[second.entry_id])
+    await world.streams.renew(PROMPTS, consumer="a", entry_ids=[first.entry_id])
     restarted = await world.reconnected()
     assert await take(restarted, consumer="a") == []
     (again,) = await take(restarted, consumer="b")

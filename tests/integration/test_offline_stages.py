@@ -96,7 +96,7 @@ def test_sft_writes_an_ordinary_model_directory(finished: tuple[Path, list[dict[
     assert (report["examples_train"], report["examples_held_out"]) == (190, 10)
     assert report["perplexity"] == pytest.approx(math.exp(report["eval_loss"]))
     assert report["eval_loss"] < math.log(len(tokenizer))  # better than guessing
-    assert not list(run_dir.rglob("*.part"))
+    assert not [*run_dir.rglob("*.new"), *run_dir.rglob("*.tmp-*")]
 
 
 def test_sft_loss_covers_the_answer_alone(finished: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -17,6 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 8
 TARGET_NATS, HORIZON_SAMPLES, BETA_INIT, BATCH = 1.0, 400, 0.15, 32
 
+ScrapedRun = tuple[Run, dict[str, dict[str, float]]]
+"""A finished run, and role → series → value as scraped while it went on."""
+
 
 def http(url: str) -> str:
     with urllib.request.urlopen(url, timeout=10) as response:
@@ -30,9 +33,7 @@ def discovery_url(run: Run) -> str:
 
 
 @pytest.fixture(scope="module")
-def scraped_run(
-    prepared_run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Run, dict[str, dict[str, float]]]:
+def scraped_run(prepared_run: Path, tmp_path_factory: pytest.TempPathFactory) -> ScrapedRun:
     """A finished synchronous run, and the samples scraped from each role while it went on."""
     runs_dir = tmp_path_factory.mktemp("online")
     adopt(prepared_run, runs_dir, name="scraped")
@@ -49,14 +50,14 @@ def scraped_run(
     return run, samples
 
 
-def test_versions_advance_one_a_step(scraped_run: tuple[Run, dict[str, dict[str, float]]]) -> None:
+def test_versions_advance_one_a_step(scraped_run: ScrapedRun) -> None:
     metrics = scraped_run[0].metrics()
     assert [record["step"] for record in metrics] == list(range(1, STEPS + 1))
     assert [record["version"] for record in metrics] == list(range(1, STEPS + 1))
 
 
 def test_the_engine_samples_from_the_learners_weights_at_every_version(
-    scraped_run: tuple[Run, dict[str, dict[str, float]]],
+    scraped_run: ScrapedRun,
 ) -> None:
     """On-policy, the behaviour log-probs of vLLM and the learner's own must be the same numbers, token by token."""
     for record in scraped_run[0].metrics():
@@ -64,13 +65,13 @@ def test_the_engine_samples_from_the_learners_weights_at_every_version(
         assert record["behaviour_gap_max_nats"] < 1e-4
 
 
-def test_every_sample_is_accounted_for(scraped_run: tuple[Run, dict[str, dict[str, float]]]) -> None:
+def test_every_sample_is_accounted_for(scraped_run: ScrapedRun) -> None:
     last = scraped_run[0].metrics()[-1]
     assert last["samples_trained"] == STEPS * BATCH
     assert last["samples_issued"] == last["samples_trained"] + last["samples_stale_dropped"] + last["samples_dead"]
 
 
-def test_beta_follows_the_controllers_formula(scraped_run: tuple[Run, dict[str, dict[str, float]]]) -> None:
+def test_beta_follows_the_controllers_formula(scraped_run: ScrapedRun) -> None:
     beta = BETA_INIT
     for record in scraped_run[0].metrics():
         error = max(-0.2, min(0.2, record["kl_nats_per_sequence"] / TARGET_NATS - 1.0))
@@ -79,19 +80,21 @@ def test_beta_follows_the_controllers_formula(scraped_run: tuple[Run, dict[str, 
     assert beta != BETA_INIT
 
 
-def test_every_role_serves_its_series(scraped_run: tuple[Run, dict[str, dict[str, float]]]) -> None:
+def test_every_role_serves_its_series(scraped_run: ScrapedRun) -> None:
     samples = scraped_run[1]
     assert set(samples) == {"learner", "rollout", "reward", "driver"}
     assert samples["learner"]["keel_samples_trained_total"] >= BATCH
-    assert {"keel_kl_nats_per_sequence", "keel_beta", "keel_entropy_nats_per_token", "keel_clip_fraction",
-            "keel_grad_norm", "keel_staleness_versions_sum", "keel_step_seconds_count"} <= set(samples["learner"])  # fmt: skip
+    assert {
+        "keel_kl_nats_per_sequence", "keel_beta", "keel_entropy_nats_per_token", "keel_clip_fraction",
+        "keel_grad_norm", "keel_staleness_versions_sum", "keel_step_seconds_count",
+    } <= set(samples["learner"])  # fmt: skip
     assert samples["rollout"]["keel_rollout_samples_total"] >= BATCH
     assert samples["rollout"]["keel_weight_sync_seconds_count"] >= 1
     assert samples["reward"]["keel_reward_samples_total"] >= BATCH
     assert {"keel_queue_depth", "keel_queue_in_flight", "keel_workers"} <= set(samples["driver"])
 
 
-def test_the_result_is_complete(scraped_run: tuple[Run, dict[str, dict[str, float]]]) -> None:
+def test_the_result_is_complete(scraped_run: ScrapedRun) -> None:
     run = scraped_run[0]
     summary = json.loads((run.path / "summary.json").read_text())
     for key in (
@@ -108,7 +111,7 @@ def test_the_result_is_complete(scraped_run: tuple[Run, dict[str, dict[str, floa
     assert "<svg" in (run.path / "report.html").read_text()
 
 
-def test_the_final_policy_is_an_ordinary_model_directory(scraped_run: tuple[Run, dict[str, dict[str, float]]]) -> None:
+def test_the_final_policy_is_an_ordinary_model_directory(scraped_run: ScrapedRun) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     for name in ("final", "best"):

@@ -216,6 +216,21 @@ async def test_a_stall_beyond_the_deadline_is_an_error(stalling: RunRedis, serve
     assert server.address in str(caught.value)
 
 
+async def test_every_advance_that_waits_learns_that_the_server_is_gone(
+    run: RunRedis, admin: Any, server: EmbeddedServer
+) -> None:
+    impatient = RunRedis(server.url, run="faults", command_timeout_s=0.5)
+    await run.streams.publish(PROMPTS, [b"1"] * 200)
+    taken = await claim(run, count=200)
+    await kill(server)
+    hops = (impatient.streams.advance(PROMPTS, d.entry_id, target=ROLLOUTS, payload=b"r") for d in taken)
+    results = await asyncio.wait_for(asyncio.gather(*hops, return_exceptions=True), 10)
+    assert [type(result) for result in results] == [StreamError] * 200
+    await asyncio.to_thread(server.start)
+    assert await impatient.streams.advance(PROMPTS, taken[0].entry_id, target=ROLLOUTS, payload=b"r")
+    await impatient.close()
+
+
 # ---------------------------------------------------------------- refusals, in words
 
 
