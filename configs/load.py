@@ -6,7 +6,6 @@ one. Nothing heavy is imported: this module stands on the command line's path.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,14 +78,6 @@ def parse_config(raw: Mapping[str, Any], *, where: str) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """YAML text with every key, defaults included; `load_config` of it gives an equal configuration."""
     return dump_yaml(config.model_dump(mode="json"))
-
-
-def write_resolved(config: RunConfig, path: Path) -> None:
-    """Write `dump_config` to `path`, whole or not at all; parent directories are made. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text("# As run: presets, --set and defaults resolved.\n" + dump_config(config), encoding="utf-8")
-    temporary.replace(path)
 
 
 # ---------------------------------------------------------------- where the file is

@@ -135,11 +135,13 @@ class Runtime:
         try:
             while not ray.wait([reference], timeout=0.3)[0]:
                 self.tick()
+        except BaseException:
+            ray.cancel(reference, force=True)
+            raise
+        try:
             return ray.get(reference)
         except ray.exceptions.RayError as error:
             raise unwrapped(error) from None
-        finally:
-            ray.cancel(reference, force=True)
 
 
 def _cpus_needed(config: RunConfig) -> int:

@@ -175,13 +175,14 @@ class LearnerState:
         directory. Raises CheckpointError; earlier checkpoints stay."""
         if self._saved_step == self.step:
             return
-        self._store.save(self.step, tensors=self._tensors(), state=self._json_state())
+        self._store.save(self.step, tensors=self.checkpoint_tensors(), state=self._json_state())
         self._saved_step = self.step
         tokenizer = load_tokenizer(self.run_dir / "sft" / "model")
         self.best.save_if_better(self.trainable.policy, tokenizer=tokenizer, step=self.step)
         self.best.save_final(self.trainable.policy, tokenizer=tokenizer, step=self.step)
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+    def checkpoint_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor of the state, by group and name. Live views: save them before the next step."""
         trainable = self.trainable
         groups = {
             "policy": dict(trainable.policy.named_tensors()),

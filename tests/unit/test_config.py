@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cluster.errors import ConfigError, KeelError
-from configs.load import dump_config, load_config, parse_config, preset_names, write_resolved
+from configs.load import dump_config, load_config, parse_config, preset_names
 from configs.run import AdaptiveKl, ConstrainedKl, FileSource, FixedKl, PretrainedModel
 
 ROOT = Path(__file__).parents[2]
@@ -290,12 +290,10 @@ def test_dump_loads_back_equal_and_shows_defaults(mini: Path) -> None:
     assert load_config(mini) == config
 
 
-def test_resolved_configuration_is_written_whole(tmp_path: Path) -> None:
+def test_a_preset_survives_its_dump(tmp_path: Path) -> None:
     config = load_config("demo", overrides=["model={kind: pretrained, path: /models/x}"])
-    path = tmp_path / "run" / "config.yaml"
-    write_resolved(config, path)
-    write_resolved(config, path)
-    assert [entry.name for entry in path.parent.iterdir()] == ["config.yaml"]
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
     again = load_config(path)
     assert again == config
     assert again.model == PretrainedModel(path="/models/x")
