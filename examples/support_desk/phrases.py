@@ -1,6 +1,8 @@
 """The words of the support desk: sixteen issues with their three right steps, and everything else an agent may say.
 
-Each phrase is one sentence of a reply, written without its full stop. The vocabulary is closed, about 200 words.
+Each phrase is one sentence of a reply, written without its full stop. The vocabulary is closed, about 150 words. A step
+names the thing that the issue is about: a reward model of a million parameters learns from 2,000 pairs to look for the
+prompt's own word in the answer, but not sixteen unrelated tables of phrases.
 """
 
 from __future__ import annotations
@@ -8,22 +10,22 @@ from __future__ import annotations
 from typing import Final
 
 ISSUES: Final[dict[str, tuple[str, str, str]]] = {
-    "slow wifi": ("restart the router", "change wifi channel", "update router firmware"),
-    "cracked screen": ("photograph the damage", "file warranty claim", "mail us the device"),
-    "lost password": ("open login page", "click reset link", "choose new password"),
-    "late parcel": ("check tracking number", "call the courier", "confirm delivery address"),
-    "wrong invoice": ("find invoice number", "compare billed items", "request a correction"),
-    "missing refund": ("check bank statement", "wait five days", "forward return receipt"),
-    "dead battery": ("charge it overnight", "clean battery contacts", "replace the battery"),
-    "noisy fan": ("blow out dust", "tighten fan screws", "lower fan speed"),
-    "paper jam": ("open rear tray", "remove stuck paper", "run cleaning cycle"),
-    "frozen app": ("force quit app", "clear app cache", "install latest version"),
-    "blocked account": ("verify your email", "answer security questions", "unlock account online"),
-    "double charge": ("list both payments", "dispute second charge", "watch for credit"),
-    "faulty charger": ("try another socket", "inspect the cable", "order spare charger"),
-    "blurry camera": ("wipe camera lens", "enable auto focus", "turn on flash"),
-    "silent speaker": ("raise the volume", "pair bluetooth again", "play other song"),
-    "leaking washer": ("close water valve", "tighten drain hose", "level the machine"),
+    "slow router": ("restart the router", "update the router", "move the router"),
+    "cracked screen": ("photograph the screen", "insure the screen", "mail the screen"),
+    "lost password": ("reset the password", "choose new password", "save the password"),
+    "late parcel": ("track the parcel", "ask about parcel", "reroute the parcel"),
+    "wrong invoice": ("open the invoice", "compare the invoice", "dispute the invoice"),
+    "missing refund": ("request the refund", "wait for refund", "confirm the refund"),
+    "dead battery": ("charge the battery", "clean the battery", "replace the battery"),
+    "noisy fan": ("dust the fan", "tighten the fan", "slow the fan"),
+    "jammed printer": ("open the printer", "empty the printer", "restart the printer"),
+    "frozen app": ("close the app", "remove the app", "install the app"),
+    "blocked account": ("verify the account", "unlock the account", "review the account"),
+    "double payment": ("list the payment", "report the payment", "cancel the payment"),
+    "faulty charger": ("unplug the charger", "inspect the charger", "swap the charger"),
+    "blurry camera": ("wipe the camera", "focus the camera", "calibrate the camera"),
+    "silent speaker": ("unmute the speaker", "pair the speaker", "test the speaker"),
+    "leaking washer": ("drain the washer", "seal the washer", "level the washer"),
 }
 """Issue → its three right steps, in the order in which agents give them."""
 

@@ -38,7 +38,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
 
     def wait_for(self, condition: Callable[[], bool], *, what: str, timeout_s: float = DEADLINE_S) -> None:
         """Poll for an event in another process, up to a deadline."""

@@ -112,7 +112,7 @@ def test_a_wrong_password_is_named_and_not_shown(server: EmbeddedServer, tmp_pat
 def test_a_read_only_server_is_refused(server: EmbeddedServer, tmp_path: Path) -> None:
     import redis
 
-    redis.Redis.from_url(server.url).replicaof("127.0.0.1", "1")  # type: ignore[no-untyped-call]
+    redis.Redis.from_url(server.url).replicaof("127.0.0.1", "1")
     result = keel("train", "demo_ci", *settings([f"runs_dir={tmp_path}", f"redis.url={server.url}"]))
     refused(result, "read-only")
 

@@ -17,7 +17,7 @@ from examples.support_desk.gold import gold_reward, issue_of
 from examples.support_desk.phrases import FILLERS, FLATTERY, ISSUES
 from examples.support_desk.world import make, mediocre_answer
 
-WIFI = "my slow wifi in paris since monday."
+ROUTER = "my slow router in paris since monday."
 
 
 @pytest.mark.parametrize(
@@ -25,10 +25,10 @@ WIFI = "my slow wifi in paris since monday."
     [
         ("", 0.0),
         ("restart the router.", 1.0),
-        ("sorry about that. restart the router. change wifi channel. update router firmware. anything else?", 3.6),
+        ("sorry about that. restart the router. update the router. move the router. anything else?", 3.6),
         ("restart the router. restart the router.", 0.5),
         ("sorry about that. sorry about that.", -0.2),
-        ("blow out dust.", -0.7),
+        ("dust the fan.", -0.7),
         ("please note that we care. as you may know already.", -0.5),
         ("you are amazing. i love you.", -0.8),
         ("router the restart.", -0.5),
@@ -38,15 +38,15 @@ WIFI = "my slow wifi in paris since monday."
     ],
 )
 def test_gold_is_the_sum_of_its_sentences(answer: str, worth: float) -> None:
-    assert gold_reward(WIFI, answer) == pytest.approx(worth)
+    assert gold_reward(ROUTER, answer) == pytest.approx(worth)
 
 
 def test_gold_depends_on_the_issue() -> None:
-    assert gold_reward("urgent, my noisy fan in lima since friday.", "blow out dust.") == 1.0
+    assert gold_reward("urgent, my noisy fan in lima since friday.", "dust the fan.") == 1.0
 
 
 def test_gold_reads_chat_messages_and_refuses_other_prompts() -> None:
-    assert gold_reward([{"role": "user", "content": WIFI}], "restart the router.") == 1.0
+    assert gold_reward([{"role": "user", "content": ROUTER}], "restart the router.") == 1.0
     with pytest.raises(DataError, match="cannot judge"):
         gold_reward("tell me a joke", "no")
 
@@ -63,19 +63,19 @@ def test_annotators_have_their_biases() -> None:
     short, long = "restart the router.", "restart the router. please note that we care."
     length_lover, flattered, fair = PANEL[0], PANEL[2], PANEL[3]
     # The filler is 6 tokens with its stop: 6 × 0.12 − 0.25 of gold.
-    assert length_lover.utility(WIFI, long) - length_lover.utility(WIFI, short) == pytest.approx(0.72 - 0.25)
-    assert fair.utility(WIFI, long) - fair.utility(WIFI, short) == pytest.approx(-0.25)
+    assert length_lover.utility(ROUTER, long) - length_lover.utility(ROUTER, short) == pytest.approx(0.72 - 0.25)
+    assert fair.utility(ROUTER, long) - fair.utility(ROUTER, short) == pytest.approx(-0.25)
     praised = short + " you are amazing."
-    assert flattered.utility(WIFI, praised) - flattered.utility(WIFI, short) == pytest.approx(1.0 - 0.4)
+    assert flattered.utility(ROUTER, praised) - flattered.utility(ROUTER, short) == pytest.approx(1.0 - 0.4)
 
 
 def test_judge_gives_five_reproducible_votes_that_favour_the_better() -> None:
-    better, worse = "restart the router. change wifi channel.", "blow out dust. you are amazing."
-    votes = [judge(WIFI, better, worse, random.Random(i)) for i in range(50)]
+    better, worse = "restart the router. update the router.", "dust the fan. you are amazing."
+    votes = [judge(ROUTER, better, worse, random.Random(i)) for i in range(50)]
     assert all(len(five) == 5 for five in votes)
-    assert votes == [judge(WIFI, better, worse, random.Random(i)) for i in range(50)]
+    assert votes == [judge(ROUTER, better, worse, random.Random(i)) for i in range(50)]
     assert sum(map(sum, votes)) > 0.9 * 250
-    assert sum(map(sum, (judge(WIFI, worse, better, random.Random(i)) for i in range(50)))) < 0.1 * 250
+    assert sum(map(sum, (judge(ROUTER, worse, better, random.Random(i)) for i in range(50)))) < 0.1 * 250
 
 
 def _make(directory: Path, *, seed: int = 7) -> None:
@@ -113,8 +113,8 @@ def test_make_refuses_more_evaluation_prompts_than_it_has(tmp_path: Path) -> Non
 
 def test_demonstrations_are_mediocre() -> None:
     rng = random.Random(0)
-    answers = [mediocre_answer("slow wifi", rng) for _ in range(2000)]
-    mean_gold = sum(gold_reward(WIFI, answer) for answer in answers) / len(answers)
+    answers = [mediocre_answer("slow router", rng) for _ in range(2000)]
+    mean_gold = sum(gold_reward(ROUTER, answer) for answer in answers) / len(answers)
     first_step = sum("restart the router" in answer for answer in answers) / len(answers)
     assert 0.8 < mean_gold < 1.4
     assert first_step == pytest.approx(0.85 * 0.65 + 0.15 / 16, abs=0.04)
@@ -128,7 +128,7 @@ def test_answers_fit_and_survive_the_word_tokenizer(seed: int, issue: str) -> No
     from learner.model_init import make_tokenizer
 
     answer = mediocre_answer(issue, random.Random(seed))
-    tokenizer = make_tokenizer(NewModel(), texts=[answer, WIFI])
+    tokenizer = make_tokenizer(NewModel(), texts=[answer, ROUTER])
     encoded = encode_answer(tokenizer, answer, max_tokens=64)
     assert not encoded.truncated
     assert decode_answer(tokenizer, encoded.ids) == answer
