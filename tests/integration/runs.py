@@ -53,7 +53,8 @@ class Run:
 
     def descendants(self) -> list[psutil.Process]:
         """Living processes that the command started, directly or not."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+        started: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+        return started
 
 
 def start(runs_dir: Path, *arguments: str, name: str = "demo-ci") -> Run:
