@@ -78,9 +78,6 @@ def trainer_arguments(settings: FitSettings, *, scratch: Path) -> dict[str, Any]
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        # Sequences of like length share a batch: a third less padding on the example world. Needs a `length` column.
-        "train_sampling_strategy": "group_by_length",
-        "length_column_name": "length",
     }
 
 

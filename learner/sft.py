@@ -40,11 +40,10 @@ IGNORED_LABEL: Final = -100
 
 
 class EncodedExample(TypedDict):
-    """[L] prompt ids then answer ids, [L] labels (the prompt's ignored), and L."""
+    """[L] prompt ids then answer ids, and [L] labels, the prompt's ignored."""
 
     input_ids: list[int]
     labels: list[int]
-    length: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,6 @@ def encode_examples(run_dir: Path, *, data: DataSection, tokenizer: PreTrainedTo
             {
                 "input_ids": [*prompt.ids, *answer.ids],
                 "labels": [IGNORED_LABEL] * len(prompt.ids) + list(answer.ids),
-                "length": len(prompt.ids) + len(answer.ids),
             }
         )
     if len(examples) < 2:
@@ -145,6 +143,8 @@ def _trainer(
     from trl import SFTConfig, SFTTrainer
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
+    # Batches are drawn at random, not by length: the loss is a mean over a batch's tokens, so a batch of short answers
+    # alone would weigh each of its tokens more, and the policy would learn to stop early.
     arguments = SFTConfig(
         **trainer_arguments(settings, scratch=scratch),
         max_length=None,  # lengths were cut by cluster.text

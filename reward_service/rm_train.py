@@ -236,6 +236,9 @@ def _train_member(
             args=RewardConfig(
                 **trainer_arguments(settings, scratch=Path(scratch)),
                 max_length=None,  # lengths were cut by cluster.text
+                # A third less padding. The loss is a mean over pairs, so batches of like length bias nothing.
+                train_sampling_strategy="group_by_length",
+                length_column_name="length",
                 center_rewards_coefficient=config.rm.centering,
             ),
             train_dataset=Dataset.from_list(

@@ -8,10 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.conftest import prepared_run
 from tests.integration.runs import Run, adopt, assert_all_gone, settings, start
-
-__all__ = ["prepared_run"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -108,7 +108,7 @@ def test_the_result_is_complete(scraped_run: ScrapedRun) -> None:
     shown = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
     assert shown
     assert {"prompt", "before", "after", "gold_before", "gold_after"} <= set(shown[0])
-    assert "<svg" in (run.path / "report.html").read_text()
+    assert "data:image/svg+xml" in (run.path / "report.html").read_text()
 
 
 def test_the_final_policy_is_an_ordinary_model_directory(scraped_run: ScrapedRun) -> None:
