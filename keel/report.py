@@ -134,8 +134,8 @@ def render(name: str, records: RunRecords) -> str:
         _headlines(records.summary),
         _curves(records.steps),
         _stages(records.stage_seconds),
-        _summary_table(records.summary),
         _samples(records.samples),
+        _summary_table(records.summary),
     ]
     body = "\n".join(part for part in parts if part)
     return (
