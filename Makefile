@@ -11,7 +11,7 @@ $(VENV)/.ready: requirements-cpu.lock pyproject.toml setup_venv.sh
 	PYTHON=$(PYTHON) ./setup_venv.sh $(VENV)
 
 demo: setup
-	$(BIN)/keel train demo
+	$(BIN)/keel train demo --fresh
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
