@@ -37,9 +37,10 @@ def evaluate_policy(runtime: Runtime, roles: Roles, *, tag: str, model_dir: Path
     answers = answer_all(runtime, rollout, questions, stage="evaluate", temperature=config.rollout.temperature)
     sequences = [(question.token_ids, answer.token_ids) for question, answer in zip(questions, answers, strict=True)]
     rewards: list[float] = runtime.ray.get(reward.handles[0].score.remote(sequences), timeout=_SCORE_TIMEOUT_S)
-    kl = runtime.call(
-        _sequence_kl, str(model_dir), str(run.path / "sft" / "model"), sequences, config.rollout.temperature
-    )
+    kl = {"kl_nats_per_sequence": 0.0, "kl_standard_error": 0.0}  # of the SFT policy to itself
+    if tag == "final":
+        reference = str(run.path / "sft" / "model")
+        kl = runtime.call(_sequence_kl, str(model_dir), reference, sequences, config.rollout.temperature)
     rows = [
         {"prompt": question.text, "answer": answer.text, "truncated": answer.truncated, "reward": reward_raw}
         for question, answer, reward_raw in zip(questions, answers, rewards, strict=True)

@@ -13,30 +13,33 @@ from keel.interrupt import InterruptedRun
 from keel.overseer import Overseer
 from keel.roles import Roles
 from keel.runtime import Runtime
-from keel.trackers import open_trackers
+from keel.trackers import Trackers, open_trackers
 
 log = logging.getLogger(__name__)
+
+_STATUS_TIMEOUT_S = 5.0
 
 
 def run_online(runtime: Runtime, roles: Roles) -> None:
     """Run PPO to its end. On a stop request the learner finishes its step and saves; raises InterruptedRun then."""
+    config = runtime.config
+    trackers = open_trackers(config.metrics.trackers, run_dir=runtime.run.path, config=config.model_dump(mode="json"))
+    runtime.on_exit(trackers.close)
     runtime.run.emit(stage="ppo", event="progress", note="starting roles")
     started_s = time.monotonic()
     sft_model = runtime.run.path / "sft" / "model"
-    rollout, reward = roles.rollout(sft_model), roles.reward()
-    rollout.wait_ready(runtime.tick)
-    reward.wait_ready(runtime.tick)
+    rollout, reward, learner = roles.rollout(sft_model), roles.reward(), roles.learner()
+    for pool in (rollout, reward):
+        pool.wait_ready(runtime.tick)
     if not (runtime.run.path / "eval" / "sft.json").exists():
         evaluate_policy(runtime, roles, tag="sft", model_dir=sft_model)
-        started_s = time.monotonic()
-    learner = roles.learner()
     info = learner.wait_ready(runtime.tick)[0]
     states = lambda: {pool.role.name: pool.states for pool in roles.running}  # noqa: E731
-    with Overseer(runtime.config, run_dir=runtime.run.path, redis_url=runtime.redis_url, workers=states) as overseer:
+    with Overseer(config, run_dir=runtime.run.path, redis_url=runtime.redis_url, workers=states) as overseer:
         runtime.run.emit(stage="ppo", event="progress", note=f"Prometheus targets: {overseer.discovery_url}")
         for pool in (rollout, reward, learner):
             pool.run()
-        _watch(runtime, roles, overseer=overseer, started_s=started_s)
+        _watch(runtime, roles, overseer=overseer, trackers=trackers, started_s=started_s)
     ending = learner.results[0]
     roles.stop("learner")
     log.info("learner: from step %s, ended: %s", info.get("step"), ending)
@@ -44,10 +47,9 @@ def run_online(runtime: Runtime, roles: Roles) -> None:
         raise InterruptedRun("stopped on request; a checkpoint is saved", do="go on with the same command and --resume")
 
 
-def _watch(runtime: Runtime, roles: Roles, *, overseer: Overseer, started_s: float) -> None:
-    learner, config = roles.learner(), runtime.config
+def _watch(runtime: Runtime, roles: Roles, *, overseer: Overseer, trackers: Trackers, started_s: float) -> None:
+    learner = roles.learner()
     metrics = JsonlTail(runtime.run.path / "metrics.jsonl")
-    trackers = open_trackers(config.metrics.trackers, run_dir=runtime.run.path, config=config.model_dump(mode="json"))
     asked = first_rollout_seen = False
 
     def finished() -> bool:
@@ -64,10 +66,7 @@ def _watch(runtime: Runtime, roles: Roles, *, overseer: Overseer, started_s: flo
             trackers.log(record)
         return learner.finished
 
-    try:
-        roles.watch(finished)
-    finally:
-        trackers.close()
+    roles.watch(finished)
 
 
 def _note_first_rollout(runtime: Runtime, roles: Roles, *, started_s: float) -> bool:
@@ -75,9 +74,12 @@ def _note_first_rollout(runtime: Runtime, roles: Roles, *, started_s: float) -> 
     path = runtime.run.path / "online.json"
     if path.exists():
         return True
-    statuses: list[dict[str, Any]] = runtime.ray.get(
-        [handle.status.remote() for handle in roles.rollout(runtime.run.path).handles], timeout=30
-    )
+    ray = runtime.ray
+    asked = [handle.status.remote() for handle in roles.rollout(runtime.run.path).handles]
+    try:
+        statuses: list[dict[str, Any]] = ray.get(asked, timeout=_STATUS_TIMEOUT_S)
+    except ray.exceptions.RayError:
+        return False  # A dying actor is the supervisor's business.
     if not any(status["samples"] for status in statuses):
         return False
     seconds = round(time.monotonic() - started_s, 2)
