@@ -16,8 +16,6 @@ from reward_service.reward_actor import RewardActor, RewardSpec
 
 log = logging.getLogger(__name__)
 
-STOP_GRACE_S = 20.0
-
 
 class Roles:
     """Pools are started when first asked for and stopped with the runtime."""
@@ -130,7 +128,7 @@ class Roles:
         for name in names:
             pool = self._pools.pop(name, None)
             if pool is not None:
-                pool.stop(grace_s=0.0 if self._runtime.stop.at_once else STOP_GRACE_S)
+                pool.stop(grace_s=self._runtime.grace_s)
 
     def _pool(self, role: Role, *, count: int) -> RolePool:
         if role.name not in self._pools:

@@ -24,11 +24,14 @@ from cluster.errors import SupervisionError
 from cluster.redis_server import EmbeddedServer
 from cluster.run_redis import RunRedis
 from configs.run import RunConfig
-from keel.interrupt import StopRequest
+from keel.interrupt import InterruptedRun, StopRequest
 from keel.ray_environment import torch_environment
 from keel.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
+
+GRACE_S = 20.0
+FAILED_GRACE_S = 3.0
 
 
 class Runtime:
@@ -40,6 +43,8 @@ class Runtime:
         self.stop = stop
         self.refresh = refresh
         self.memory = MemoryWatch()
+        self.grace_s = GRACE_S
+        """How long a role may take to stop before it is killed."""
         self._stack = ExitStack()
         self._server: EmbeddedServer | None = None
 
@@ -50,6 +55,11 @@ class Runtime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        failed = kind is not None and not issubclass(kind, InterruptedRun)
+        if self.stop.at_once:
+            self.grace_s = 0.0
+        elif failed:
+            self.grace_s = FAILED_GRACE_S  # What the roles stand on may be gone: do not wait for them to notice.
         self._stack.close()
 
     def on_exit(self, action: Callable[[], None]) -> None:
