@@ -61,7 +61,7 @@ class LearnerActor:
             streams=process.redis.streams,
             channel=spec.channel,
         )
-        self._telemetry = Telemetry(spec.config, run_dir=Path(spec.run_dir), process=process, step=self._state.step)
+        self._telemetry = Telemetry(spec.config, run_dir=Path(spec.run_dir), process=process, state=self._state)
         return {"step": self._state.step, "version": self._state.version}
 
     async def run(self) -> str:

@@ -35,11 +35,12 @@ async def train(state: LearnerState, telemetry: Telemetry, *, stop: asyncio.Even
         experience = await asyncio.to_thread(state.make_experience, rollouts)
         update = await asyncio.to_thread(state.update, experience)
         times.updated()
-        state.advance(experience, update)
+        stats = state.advance(experience, update)
         await state.publish_weights()
         times.published()
+        # Before the checkpoint: a resumed run cuts its record back to the checkpoint, and so has no gap.
+        await telemetry.emit(state, rollouts, stats, update, times)
         await asyncio.to_thread(state.save_if_due)
-        await telemetry.emit(state, rollouts, experience, update, times)
     await asyncio.to_thread(state.save)
     return ending
 

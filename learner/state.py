@@ -123,9 +123,9 @@ class LearnerState:
         self.trainable.set_step(self.step)
         return ppo_update(experience, trainable=self.trainable, settings=self.settings, rng=self.rng)
 
-    def advance(self, experience: Experience, update: UpdateStats) -> None:
-        """The step is done: next β, next version."""
-        stats = self.stats(experience)
+    def advance(self, experience: Experience, update: UpdateStats) -> ExperienceStats:
+        """The step is done: next β, next version. Returns the batch in plain numbers."""
+        stats = experience_stats(experience, settings=self.settings)
         scale = self.kl_budget.scale_at(self.step)
         self.kl = self.kl_controller.update(
             self.kl, kl_nats_per_sequence=stats.kl_nats_per_sequence, samples=len(experience.batch), scale=scale
@@ -133,10 +133,7 @@ class LearnerState:
         self.best.observe(stats.score_normalised_mean, kl=stats.kl_nats_per_sequence, kl_target=self.kl_target)
         self.step += 1
         self.version += 1
-
-    def stats(self, experience: Experience) -> ExperienceStats:
-        """The batch in plain numbers."""
-        return experience_stats(experience, settings=self.settings)
+        return stats
 
     @property
     def kl_target(self) -> float | None:

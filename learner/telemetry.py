@@ -23,7 +23,7 @@ from cluster.records import ScoredRollout
 from cluster.streams import Depth, StreamName
 from cluster.text import decode_answer, load_tokenizer
 from configs.run import RunConfig
-from learner.experience import Experience
+from learner.experience import ExperienceStats
 from learner.ledger import Counts
 from learner.update import UpdateStats
 
@@ -58,14 +58,14 @@ class StepTimes:
 class _Seen:
     """Totals at the last step, for the counters' increments."""
 
-    counts: Counts = field(default_factory=Counts)
+    counts: Counts
     finished_s: float = field(default_factory=time.monotonic)
 
 
 class Telemetry:
     """One a learner. On resume, metrics.jsonl is cut back to the steps that the checkpoint has."""
 
-    def __init__(self, config: RunConfig, *, run_dir: Path, process: Process, step: int) -> None:
+    def __init__(self, config: RunConfig, *, run_dir: Path, process: Process, state: LearnerState) -> None:
         self._process = process
         self._metrics = LearnerMetrics(process.registry)
         self._tokenizer = load_tokenizer(run_dir / "sft" / "model")
@@ -73,23 +73,23 @@ class Telemetry:
             resolve(config.evaluation.gold, key="evaluation.gold") if config.evaluation.gold is not None else None
         )
         path = run_dir / "metrics.jsonl"
-        _cut_back(path, step=step)
+        _cut_back(path, step=state.step)
         self._writer = JsonlWriter(path)
         self._started_s = time.monotonic()
-        self._seen = _Seen()
+        self._seen = _Seen(counts=Counts(**vars(state.intake.ledger.counts)))
 
     async def emit(
         self,
         state: LearnerState,
         rollouts: Sequence[ScoredRollout],
-        experience: Experience,
+        stats: ExperienceStats,
         update: UpdateStats,
         times: StepTimes,
     ) -> None:
         """Record one finished step. The state is already past it."""
         self._process.heartbeat.beat()
         depths = await self._depths()
-        record = self._record(state, rollouts, experience, update, times) | {
+        record = self._record(state, rollouts, stats, update, times) | {
             f"depth_{stream.value}": depth.backlog + depth.in_flight for stream, depth in depths.items()
         }
         self._writer.write(record)
@@ -107,11 +107,11 @@ class Telemetry:
         self,
         state: LearnerState,
         rollouts: Sequence[ScoredRollout],
-        experience: Experience,
+        stats: ExperienceStats,
         update: UpdateStats,
         times: StepTimes,
     ) -> dict[str, Any]:
-        stats, counts, now_s = state.stats(experience), state.intake.ledger.counts, time.monotonic()
+        counts, now_s = state.intake.ledger.counts, time.monotonic()
         record = {
             "step": state.step,
             "version": state.version,
