@@ -6,7 +6,6 @@ the client's deadline. Always holds: every call may reach the server twice and t
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import secrets
@@ -131,13 +130,6 @@ class RedisRunLock:
 
     async def release(self) -> None:
         await self._client.script(_RELEASE, keys=[self._keys.lock], args=[self._value])
-
-    async def renew_forever(self) -> None:
-        """Renew three times in each time to live until cancelled. Raises RunExistsError when the lock is another's,
-        StreamError when the server stays away for a whole command deadline: either must end the run."""
-        while True:
-            await asyncio.sleep(self._ttl_s / 3)
-            await self.renew()
 
 
 def _owner_in(value: bytes) -> str:

@@ -18,7 +18,6 @@ from keel.runtime import Runtime, wait_for
 from keel.sampling import answer_all, load_questions
 
 _SYNC_TIMEOUT_S = 60.0
-_SCORE_TIMEOUT_S = 600.0
 _LAST_STEPS = 5
 
 
@@ -36,7 +35,7 @@ def evaluate_policy(runtime: Runtime, roles: Roles, *, tag: str, model_dir: Path
     questions = load_questions(config, run.path, table="eval_prompts", limit=config.evaluation.prompts)
     answers = answer_all(runtime, rollout, questions, stage="evaluate", temperature=config.rollout.temperature)
     sequences = [(question.token_ids, answer.token_ids) for question, answer in zip(questions, answers, strict=True)]
-    rewards: list[float] = runtime.ray.get(reward.handles[0].score.remote(sequences), timeout=_SCORE_TIMEOUT_S)
+    rewards: list[float] = runtime.wait(reward.handles[0].score.remote(sequences))
     kl = {"kl_nats_per_sequence": 0.0, "kl_standard_error": 0.0}  # of the SFT policy to itself
     if tag == "final":
         reference = str(run.path / "sft" / "model")

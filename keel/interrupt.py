@@ -24,7 +24,7 @@ class StopRequest:
     def check(self) -> None:
         """Raise InterruptedRun once a stop was asked for. Called from the driver's waiting loops."""
         if self.requested:
-            raise InterruptedRun("stopped on request", do="go on with the same command and --resume")
+            raise InterruptedRun("stopped on request", do="go on with keel train CONFIG --resume")
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def run_online(runtime: Runtime, roles: Roles) -> None:
     roles.stop("learner")
     log.info("learner: from step %s, ended: %s", info.get("step"), ending)
     if ending == "stopped":
-        raise InterruptedRun("stopped on request; a checkpoint is saved", do="go on with the same command and --resume")
+        raise InterruptedRun("stopped on request; a checkpoint is saved", do="go on with keel train CONFIG --resume")
 
 
 def _watch(runtime: Runtime, roles: Roles, *, overseer: Overseer, trackers: Trackers, started_s: float) -> None:

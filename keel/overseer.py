@@ -16,16 +16,17 @@ from pathlib import Path
 from types import TracebackType
 
 from cluster.discovery import Discovery
-from cluster.errors import KeelError, StreamError
+from cluster.errors import KeelError, StreamError, SupervisionError
 from cluster.metrics import RunMetrics
 from cluster.process import node_address, start_process
-from cluster.run_redis import RunRedis
+from cluster.run_redis import LOCK_TTL_S, RunRedis
 from cluster.streams import StreamName
 from configs.run import RunConfig
 
 log = logging.getLogger(__name__)
 
 _METRICS_PERIOD_S = 2.0
+_LOCK_RENEWAL_S = LOCK_TTL_S / 4
 WorkerStates = Callable[[], Mapping[str, Mapping[str, int]]]
 
 
@@ -54,7 +55,8 @@ class Overseer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._ended.set)
+        with contextlib.suppress(RuntimeError):  # The loop is closed when the overseer has ended by itself.
+            self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()
 
     def _work(self) -> None:
@@ -62,6 +64,9 @@ class Overseer:
             self._loop.run_until_complete(self._oversee())
         except KeelError as error:
             self.error = error
+        except Exception as error:
+            log.exception("the overseer failed")
+            self.error = SupervisionError("the driver's overseer failed", got=repr(error), do="see logs/driver-0.log")
         finally:
             self._ready.set()
             self._loop.close()
@@ -84,7 +89,7 @@ class Overseer:
                 self._ready.set()
                 metrics = RunMetrics(process.registry)
                 tasks = [
-                    asyncio.create_task(redis.lock.renew_forever()),
+                    asyncio.create_task(self._keep_lock(redis)),
                     asyncio.create_task(discovery.run_forever()),
                     asyncio.create_task(self._measure(redis, metrics, process.heartbeat.beat)),
                 ]
@@ -97,6 +102,16 @@ class Overseer:
                     await redis.lock.release()
                 for task in done - {ending}:
                     task.result()
+
+    async def _keep_lock(self, redis: RunRedis) -> None:
+        """Renew the lock for ever. A server that is away is waited for, as the learner and the workers do, which end
+        the run if it stays away; another owner of the lock ends it at once."""
+        while True:
+            await asyncio.sleep(_LOCK_RENEWAL_S)
+            try:
+                await redis.lock.renew()
+            except StreamError as error:
+                log.warning("run lock not renewed, trying again: %s", error)
 
     async def _measure(self, redis: RunRedis, metrics: RunMetrics, beat: Callable[[], None]) -> None:
         while True:

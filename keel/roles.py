@@ -132,6 +132,9 @@ class Roles:
 
     def _pool(self, role: Role, *, count: int) -> RolePool:
         if role.name not in self._pools:
+            # What the role stands on comes up first, so that it is taken down after it.
+            assert self._runtime.redis_url
+            assert self._runtime.ray is not None
             pool = RolePool(role)
             self._pools[role.name] = pool
             self._runtime.on_exit(lambda: self.stop(role.name))

@@ -19,6 +19,8 @@ from cluster.files import atomic_write_text
 from configs.load import dump_config
 from configs.run import RunConfig, Stage
 
+_OFFLINE: tuple[Stage, ...] = ("sft", "collect", "rm")
+
 
 class RunDirectory:
     """Open with `open_run`. `emit` may be called from the driver only; stages elsewhere append for themselves."""
@@ -42,6 +44,12 @@ class RunDirectory:
         self.stage_seconds[stage] = round(time.monotonic() - started_s, 2)
         atomic_write_text(self._stages_path, json.dumps(self.stage_seconds))
         self.emit(stage=stage, event="end", seconds=self.stage_seconds[stage])
+
+    def reopen(self, *stages: Stage) -> None:
+        """Take stages for not done."""
+        for stage in stages:
+            self.stage_seconds.pop(stage, None)
+        atomic_write_text(self._stages_path, json.dumps(self.stage_seconds))
 
     def emit(self, **fields: Any) -> None:
         """Append one record to progress.jsonl."""
@@ -79,7 +87,7 @@ def open_run(config: RunConfig, *, resume: bool, fresh: bool) -> Iterator[RunDir
         text = dump_config(_without_secrets(config))
         resolved = path / "config.yaml"
         if resume and resolved.exists() and resolved.read_text() != text:
-            _check_resumable(resolved.read_text(), text)
+            _reconcile(RunDirectory(path), resolved.read_text(), text)
         atomic_write_text(resolved, text)
         yield RunDirectory(path)
 
@@ -94,18 +102,24 @@ def _without_secrets(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"redis": redis})
 
 
-def _check_resumable(old_text: str, new_text: str) -> None:
-    """What made the finished stages must be the same; how far and where the run goes on may change."""
+def _reconcile(run: RunDirectory, old_text: str, new_text: str) -> None:
+    """What made the finished stages must be the same; how far and where the run goes on may change. More PPO steps
+    than were done reopen that stage and those after it."""
     import yaml
 
     old, new = yaml.safe_load(old_text), yaml.safe_load(new_text)
-    changed = [key for key in ("name", "seed", "model", "data") if old.get(key) != new.get(key)]
+    finished = [stage for stage in _OFFLINE if run.done(stage)]
+    changed = [key for key in ("name", "seed", "model", "data", *finished) if old.get(key) != new.get(key)]
+    fixed = ("batch_size", "samples_per_prompt")  # The ledger of issued tasks counts in these.
+    changed += [f"learner.{key}" for key in fixed if old["learner"][key] != new["learner"][key]]
     if changed:
         raise ConfigError(
             "a run is resumed with another configuration",
             got=f"different: {', '.join(changed)}",
-            do="resume with the run's own config.yaml, or start a run of another name",
+            do="resume with the configuration that the run was started with, or start a run of another name",
         )
+    if new["learner"]["steps"] > old["learner"]["steps"]:
+        run.reopen("ppo", "evaluate")
 
 
 @contextmanager

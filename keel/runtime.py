@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -43,8 +44,7 @@ class Runtime:
         self.stop = stop
         self.refresh = refresh
         self.memory = MemoryWatch()
-        self.grace_s = GRACE_S
-        """How long a role may take to stop before it is killed."""
+        self._failed = False
         self._stack = ExitStack()
         self._server: EmbeddedServer | None = None
 
@@ -55,12 +55,16 @@ class Runtime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        failed = kind is not None and not issubclass(kind, InterruptedRun)
-        if self.stop.at_once:
-            self.grace_s = 0.0
-        elif failed:
-            self.grace_s = FAILED_GRACE_S  # What the roles stand on may be gone: do not wait for them to notice.
+        self._failed = kind is not None and not issubclass(kind, InterruptedRun)
         self._stack.close()
+
+    @property
+    def grace_s(self) -> float:
+        """How long a role may take to stop before it is killed. Short after a failure: what the roles stand on may be
+        gone, and they need not notice."""
+        if self.stop.at_once:
+            return 0.0
+        return FAILED_GRACE_S if self._failed else GRACE_S
 
     def on_exit(self, action: Callable[[], None]) -> None:
         """Run `action` before what it stands on is stopped."""
@@ -111,6 +115,8 @@ class Runtime:
         """The ray module, connected."""
         import ray
 
+        # ray.init takes SIGTERM for itself; a run that is asked to stop saves first.
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         address = self.config.ray.address
         if address is not None:
             try:
@@ -129,29 +135,48 @@ class Runtime:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         self._stack.callback(ray.shutdown)
         return ray
 
     def call(self, function: Callable[..., Any], *args: Any, threads: int = 1, gpus: float = 0.0) -> Any:
         """Run a stage's function in a Ray task of its own process and wait for it, ticking."""
         ray = self.ray
-        from cluster.supervise import unwrapped
-
+        have = ray.cluster_resources().get("GPU", 0.0)
+        if gpus > have:
+            raise SupervisionError(
+                f"no node can run {function.__name__.strip('_')}",
+                got=f"{gpus:g} GPUs asked for, the cluster has {have:g}",
+                do="set learner.gpus to what there is, or join a cluster with ray.address",
+            )
         environment = torch_environment(threads)
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": environment})(
             function
         )
-        reference = task.remote(*args)
+        return self.wait(task.remote(*args))
+
+    def wait(self, reference: Any) -> Any:
+        """The value of a Ray reference, ticking until it is there. Raises the remote error itself, and SupervisionError
+        when the process died."""
+        ray = self.ray
+        from cluster.supervise import unwrapped
+
         try:
             while not ray.wait([reference], timeout=0.3)[0]:
                 self.tick()
         except BaseException:
-            ray.cancel(reference, force=True)
+            ray.cancel(reference)
             raise
         try:
             return ray.get(reference)
         except ray.exceptions.RayError as error:
-            raise unwrapped(error) from None
+            cause = unwrapped(error)
+            if not isinstance(cause, ray.exceptions.RayError):
+                raise cause from None
+            raise SupervisionError(
+                "a process of the run died", got=f"{type(cause).__name__}: {cause}", do="look at logs/ (out of memory?)"
+            ) from error
 
 
 def _cpus_needed(config: RunConfig) -> int:

@@ -66,14 +66,17 @@ class BestPolicy:
         self._window.extend((float(score), float(share)) for score, share in state["window"])
 
     def _write(self, name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase, note: Mapping[str, float]) -> None:
-        target = self._directory / name
+        target, fresh = self._directory / name, self._directory / f"{name}.new"
         try:
-            if target.exists():
-                remove_directory(target)
-            with atomic_directory(target) as beside:
+            if fresh.exists():
+                remove_directory(fresh)
+            with atomic_directory(fresh) as beside:
                 policy.save_pretrained(beside)
                 tokenizer.save_pretrained(beside)
                 (beside / "keel.json").write_text(json.dumps(note))
+            if target.exists():
+                remove_directory(target)
+            fresh.rename(target)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write policy/{name}",

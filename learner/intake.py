@@ -78,18 +78,18 @@ class Intake:
         """
         last_progress_s = self._clock()
         while not stop.is_set():
-            if self.ledger.drop_stale(version=version, max_staleness=self._settings.max_staleness):
-                await self.issue(step=step, version=version)
+            self.ledger.drop_stale(version=version, max_staleness=self._settings.max_staleness)
             batch = self.ledger.take(self._settings.batch_size)
             if batch is not None:
                 return batch
-            if await self._receive(step=step, version=version):
+            await self.issue(step=step, version=version)  # In place of what was dropped, whenever that was.
+            if await self._receive():
                 last_progress_s = self._clock()
             elif self._clock() - last_progress_s > self._settings.stall_timeout_s:
                 raise self._stalled()
         return None
 
-    async def _receive(self, *, step: int, version: int) -> bool:
+    async def _receive(self) -> bool:
         """One round of reading. True when a result or a dead letter came in."""
         try:
             await self._flush()
@@ -108,8 +108,6 @@ class Intake:
             await asyncio.sleep(_RETRY_PAUSE_S)
             return False
         self._unsent += self.ledger.overdue(now_s=self._clock())
-        if dead:
-            await self.issue(step=step, version=version)
         return bool(scored or dead)
 
     def _accept(self, delivery: Delivery) -> None:

@@ -35,6 +35,8 @@ class LearnerActor:
     def __init__(self, spec: LearnerSpec) -> None:
         self._spec = spec
         self._stop = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._ended.set()
         self._stack = AsyncExitStack()
         self._state: Any = None
         self._telemetry: Any = None
@@ -68,6 +70,7 @@ class LearnerActor:
         """The loop. Returns how it ended (learner.loop.Ending)."""
         from learner.loop import train
 
+        self._ended.clear()
         try:
             ending = await train(self._state, self._telemetry, stop=self._stop)
             log.info("ended: %s at step %d", ending, self._state.step)
@@ -76,8 +79,10 @@ class LearnerActor:
             log.exception("the learner failed")
             raise
         finally:
+            self._ended.set()
             await self._stack.aclose()
 
     async def stop(self) -> None:
-        """Finish the step at hand, save, and end run()."""
+        """Finish the step at hand, save, and end run(); returns when that is done."""
         self._stop.set()
+        await self._ended.wait()

@@ -170,12 +170,11 @@ class LearnerState:
     def save(self) -> None:
         """Checkpoint, the best policy when it got better, and after the last step the final policy as a model
         directory. Raises CheckpointError; earlier checkpoints stay."""
-        if self._saved_step == self.step:
-            return
-        self._store.save(self.step, tensors=self.checkpoint_tensors(), state=self._json_state())
-        self._saved_step = self.step
         tokenizer = load_tokenizer(self.run_dir / "sft" / "model")
-        self.best.save_if_better(self.trainable.policy, tokenizer=tokenizer, step=self.step)
+        if self._saved_step != self.step:
+            self.best.save_if_better(self.trainable.policy, tokenizer=tokenizer, step=self.step)
+            self._store.save(self.step, tensors=self.checkpoint_tensors(), state=self._json_state())
+            self._saved_step = self.step
         self.best.save_final(self.trainable.policy, tokenizer=tokenizer, step=self.step)
 
     def checkpoint_tensors(self) -> dict[str, dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import urllib.request
 from pathlib import Path
 
@@ -121,12 +122,12 @@ def test_the_final_policy_is_an_ordinary_model_directory(scraped_run: ScrapedRun
         assert model.config.vocab_size >= len(tokenizer)
 
 
-def test_ctrl_c_saves_and_resume_goes_on_from_there(prepared_run: Path, tmp_path: Path) -> None:
+def test_a_stop_signal_saves_and_resume_goes_on_from_there(prepared_run: Path, tmp_path: Path) -> None:
     adopt(prepared_run, tmp_path, name="stopped")
     run = start(tmp_path, "--resume", *settings(["learner.steps=400"]), name="stopped")
     run.wait_for_step(3)
     started = run.descendants()
-    run.interrupt()
+    run.interrupt(signal.SIGTERM)  # What a cluster sends; Ctrl-C's SIGINT is in the next test.
     output = run.finish(timeout_s=90)
     assert run.process.returncode == 130, output
     assert "--resume" in output

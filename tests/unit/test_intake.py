@@ -43,14 +43,18 @@ class ImpatientStreams(MemoryStreams):
         await super().publish(stream, payloads)
 
 
-def make_intake(streams: MemoryStreams, clock: Clock, *, staleness: int = 0, steps: int = 10) -> Intake:
+def make_intake(
+    streams: MemoryStreams, clock: Clock, *, staleness: int = 0, steps: int = 10, samples_per_prompt: int = 1
+) -> Intake:
     prompts = [DeckPrompt(f"p{number}", (1, number + 3), f"prompt {number}") for number in range(5)]
     return Intake(
         streams,
         deck=PromptDeck(prompts, seed=1),
         ledger=Ledger(task_deadline_s=100.0),
         gate=Gate(batch_size=2, max_staleness=staleness, total_steps=steps),
-        template=TaskTemplate(incarnation="a", max_new_tokens=4, temperature=1.0, samples_per_prompt=1),
+        template=TaskTemplate(
+            incarnation="a", max_new_tokens=4, temperature=1.0, samples_per_prompt=samples_per_prompt
+        ),
         settings=IntakeSettings(batch_size=2, max_staleness=staleness, stall_timeout_s=50.0),
         clock=clock,
     )
@@ -99,6 +103,25 @@ async def test_a_dead_letter_is_counted_and_replaced() -> None:
     assert batch is not None
     counts = intake.ledger.counts
     assert (counts.issued, counts.trained, counts.dead) == (3, 2, 1)
+
+
+async def test_a_group_whose_last_member_comes_late_is_replaced_too() -> None:
+    """One member dies while its sibling is out: only when the sibling comes is there room for a whole new group."""
+    streams, stop = ImpatientStreams(), asyncio.Event()
+    intake = make_intake(streams, Clock(), steps=1, samples_per_prompt=2)
+    await intake.issue(step=0, version=0)
+    first, second = await issued(streams)
+    letter = DeadLetter(task=first, stage="reward", reason="NaN", deliveries=3)
+    await streams.publish(StreamName.DEAD, [encode(letter)])
+    taking = asyncio.create_task(intake.take_batch(step=0, version=0, stop=stop))
+    assert await next_issued(streams) == []
+    await streams.publish(StreamName.SCORED, [encode(scored(second))])
+    again = await next_issued(streams)
+    assert len({task.group_id for task in again}) == 1
+    await streams.publish(StreamName.SCORED, [encode(scored(task)) for task in again])
+    assert len(await taking or []) == 2
+    counts = intake.ledger.counts
+    assert (counts.issued, counts.trained, counts.dropped) == (4, 2, 2)
 
 
 async def test_overdue_tasks_are_issued_again_and_a_silent_service_ends_the_run() -> None:

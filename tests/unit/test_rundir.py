@@ -52,6 +52,20 @@ def test_what_made_the_finished_stages_may_not_change_on_resume(tmp_path: Path) 
         pass
 
 
+def test_finished_stages_keep_their_settings_and_more_steps_reopen_ppo(tmp_path: Path) -> None:
+    with open_run(config(tmp_path), resume=False, fresh=False) as run:
+        for stage in ("sft", "ppo", "evaluate"):
+            with run.stage(stage):
+                pass
+    changed = open_run(config(tmp_path, "sft.epochs=9"), resume=True, fresh=False)
+    with pytest.raises(ConfigError, match="sft"), changed:
+        pass
+    with open_run(config(tmp_path, "rm.epochs=9", "learner.steps=20"), resume=True, fresh=False) as run:
+        assert run.done("sft")
+        assert not run.done("ppo")
+        assert not run.done("evaluate")
+
+
 def test_no_password_lies_in_the_run_directory(tmp_path: Path) -> None:
     changed = config(tmp_path, "redis.url=rediss://user:hunter2@cache.example:6380/1")
     with open_run(changed, resume=False, fresh=False) as run:
