@@ -81,10 +81,13 @@ def node_address(config: RunConfig) -> str:
 
 
 def log_to_file(path: Path) -> None:
-    """Send this process's log, INFO and up, to a file of the run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s [{os.getpid()}] %(name)s: %(message)s"))
+    """Send this process's log, INFO and up, to a file of the run; once, however often it is asked for."""
     root = logging.getLogger()
+    if any(isinstance(known, logging.FileHandler) and known.baseFilename == str(path.resolve())
+           for known in root.handlers):  # fmt: skip
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path.resolve())
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s [{os.getpid()}] %(name)s: %(message)s"))
     root.addHandler(handler)
     root.setLevel(logging.INFO)

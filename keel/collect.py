@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from cluster.data_records import PREFERENCES_FILE, data_dir, read_report, write_report, write_rows
+from cluster.data_records import PREFERENCES_FILE, data_dir, record_table, write_rows
 from cluster.errors import ConfigError, DataError
 from cluster.plugin import resolve
 from keel.roles import Roles
@@ -43,9 +43,7 @@ def collect_preferences(runtime: Runtime, roles: Roles) -> None:
             do="raise collect.pairs, or look at the judge",
         )
     write_rows(data_dir(run.path) / PREFERENCES_FILE, collected.pairs)
-    report = read_report(run.path)
-    report.tables["preferences"] = collected.report
-    write_report(run.path, report)
+    record_table(run.path, "preferences", collected.report)
 
 
 def _candidates(questions: list[Question], answers: list[Answer]) -> list[Candidate]:

@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import DeadlineError
 from cluster.files import atomic_write_text, read_jsonl
 from cluster.plugin import resolve
 from cluster.supervise import RolePool
 from keel.roles import Roles
-from keel.runtime import Runtime, wait_for
+from keel.runtime import Runtime
 from keel.sampling import answer_all, load_questions
 
-_SYNC_TIMEOUT_S = 60.0
 _LAST_STEPS = 5
 
 
@@ -74,18 +72,9 @@ def _sequence_kl(
 
 def _hold_final_weights(runtime: Runtime, rollout: RolePool) -> None:
     """Actors that ran online still take updates: wait until each has the newest. Others booted from the directory."""
-    ray = runtime.ray
     waiting = [handle.sync_to_newest.remote() for handle in rollout.handles]
-    if not wait_for(
-        lambda: len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]) == len(waiting),
-        timeout_s=_SYNC_TIMEOUT_S,
-        tick=runtime.tick,
-    ):
-        raise DeadlineError(
-            "a rollout actor did not take the final weights", got=f"nothing for {_SYNC_TIMEOUT_S:.0f} s",
-            do="look at logs/rollout*.log, then --resume",
-        )  # fmt: skip
-    ray.get(waiting)
+    for reference in waiting:
+        runtime.wait(reference)
 
 
 def write_samples(runtime: Runtime) -> None:

@@ -6,9 +6,9 @@ data → sft → collect → rm → ppo → evaluate → report
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 
+from cluster.process import log_to_file
 from configs.run import STAGES, RunConfig, Stage
 from keel.display import Display
 from keel.interrupt import InterruptedRun, stop_on_signal
@@ -17,15 +17,13 @@ from keel.rundir import RunDirectory, open_run
 from keel.runtime import Runtime
 from keel.stages import STAGE_FUNCTIONS
 
-log = logging.getLogger(__name__)
-
 INTERRUPTED_EXIT_CODE = 130
 
 
 def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
     """Run the configured stages. Returns the exit code; raises KeelError with what was done kept on disk."""
     with open_run(config, resume=resume, fresh=fresh) as run, stop_on_signal() as stop:
-        _log_to(run)
+        log_to_file(run.path / "logs" / "driver-0.log")
         wanted = [stage for stage in STAGES if stage in config.stages]
         with Display(run.path, wanted) as display:
             try:
@@ -52,11 +50,3 @@ def _run_stage(stage: Stage, run: RunDirectory, body: Callable[[], None]) -> Non
         return
     with run.stage(stage):
         body()
-
-
-def _log_to(run: RunDirectory) -> None:
-    """The driver's own log; other roles have theirs beside it."""
-    handler = logging.FileHandler(run.path / "logs" / "driver.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    logging.getLogger().setLevel(logging.INFO)

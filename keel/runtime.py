@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
@@ -221,14 +220,3 @@ def _pss_bytes(pid: int) -> int:
     except OSError:
         return 0  # The process ended meanwhile, or this is no Linux.
     return 0
-
-
-def wait_for(condition: Callable[[], bool], *, timeout_s: float, tick: Callable[[], None]) -> bool:
-    """Poll a condition in the driver. False when the time is up."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        tick()
-        time.sleep(0.2)
-    return True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.data_records import PromptRecord, data_dir, read_rows
 from cluster.errors import DataError
-from cluster.supervise import RolePool, unwrapped
+from cluster.supervise import RolePool
 from cluster.text import EncodedPrompt, decode_answer, encode_prompt, load_tokenizer, prompt_text
 from configs.run import RunConfig
 from keel.runtime import Runtime
@@ -71,10 +71,7 @@ def answer_all(
         done, _ = ray.wait(list(pending), timeout=0.3)
         for reference in done:
             start = pending.pop(reference)
-            try:
-                results = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                raise unwrapped(error) from error
+            results = runtime.wait(reference)
             for offset, (ids, finish_reason) in enumerate(results):
                 answers[start + offset] = Answer(decode_answer(tokenizer, ids), list(ids), finish_reason == "length")
             runtime.run.emit(stage=stage, event="progress", step=len(answers), steps=len(questions))

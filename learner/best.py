@@ -38,16 +38,15 @@ class BestPolicy:
         """One step's batch means."""
         self._window.append((score_normalised, kl / kl_target if kl_target else 0.0))
 
-    def save_if_better(self, policy: Policy, *, tokenizer: PreTrainedTokenizerBase, step: int) -> bool:
+    def save_if_better(self, policy: Policy, *, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """Write policy/best when the window's mean score is the highest yet and its KL within bounds."""
         if not self._window or fmean(share for _, share in self._window) > KL_MARGIN:
-            return False
+            return
         score = fmean(score for score, _ in self._window)
         if score <= self._best:
-            return False
+            return
         self._best = score
         self._write("best", policy, tokenizer, {"step": step, "score_normalised": score})
-        return True
 
     def save_final(self, policy: Policy, *, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """Write policy/final: the newest policy."""

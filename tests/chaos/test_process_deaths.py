@@ -40,7 +40,7 @@ def test_a_killed_worker_is_replaced_and_no_sample_is_lost(prepared_run: Path, t
     last = run.metrics()[-1]
     assert last["samples_trained"] == 40 * 32
     assert last["samples_issued"] == last["samples_trained"] + last["samples_stale_dropped"] + last["samples_dead"]
-    assert "died and is replaced" in (run.path / "logs" / "driver.log").read_text()
+    assert "died and is replaced" in (run.path / "logs" / "driver-0.log").read_text()
 
 
 @pytest.mark.parametrize(("part", "message"), [("LearnerActor", "learner"), ("valkey-server", "queue server")])
