@@ -168,6 +168,27 @@ def _times(config: RunConfig) -> Iterator[str]:
 
 def _resources(config: RunConfig) -> Iterator[str]:
     rollout, reward, learner, ray = config.rollout, config.reward, config.learner, config.ray
+    if learner.ranks > 1 and learner.gpus_per_rank not in (0.0, 1.0):
+        yield (
+            f"learner.gpus_per_rank = {learner.gpus_per_rank:g} with learner.ranks = {learner.ranks}: each rank takes "
+            "a GPU of its own, or none"
+        )
+    if learner.ranks > max(1, learner.batch_size // learner.minibatches):
+        yield (
+            f"learner.ranks = {learner.ranks}, more than the {learner.batch_size // learner.minibatches} rollouts of a "
+            "mini-batch (learner.batch_size / learner.minibatches): some ranks would have nothing to do"
+        )
+    if learner.optimizer_offload and not learner.on_gpu:
+        yield "learner.optimizer_offload without learner.gpus_per_rank: everything is in host memory already"
+    if config.weights.transport == "collective" and config.placement.colocate:
+        yield "weights.transport = collective with placement.colocate: on one GPU weights go through CUDA IPC; use auto"
+    if learner.lora is not None and learner.lora.broadcast == "adapter" and config.weights.transport == "collective":
+        yield (
+            "learner.lora.broadcast = adapter with weights.transport = collective: an adapter goes through "
+            "the object store; use auto"
+        )
+    yield from _autoscale(config)
+    yield from _colocation(config)
     if rollout.gpus_per_actor and rollout.tensor_parallel_size > rollout.gpus_per_actor:
         yield (
             f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}, more than rollout.gpus_per_actor = "
@@ -178,4 +199,29 @@ def _resources(config: RunConfig) -> Iterator[str]:
         yield (
             f"ray.num_cpus = {ray.num_cpus}, less than the {wanted:g} that rollout actors, reward workers and the "
             "learner reserve: the last of them would wait for ever"
+        )
+
+
+def _autoscale(config: RunConfig) -> Iterator[str]:
+    scale, actors = config.rollout.autoscale, config.rollout.actors
+    if scale is not None and not scale.min_actors <= actors <= scale.max_actors:
+        yield (
+            f"rollout.actors = {actors} lies outside [rollout.autoscale.min_actors, rollout.autoscale.max_actors] = "
+            f"[{scale.min_actors}, {scale.max_actors}]"
+        )
+
+
+def _colocation(config: RunConfig) -> Iterator[str]:
+    learner, rollout = config.learner, config.rollout
+    if not config.placement.colocate:
+        return
+    if learner.max_staleness or learner.ranks > 1 or rollout.actors > 1 or rollout.autoscale is not None:
+        yield (
+            f"placement.colocate takes turns on one GPU: learner.max_staleness = {learner.max_staleness} (0), "
+            f"learner.ranks = {learner.ranks} (1), rollout.actors = {rollout.actors} (1), no rollout.autoscale"
+        )
+    if not 0.0 < learner.gpus_per_rank + rollout.gpus_per_actor <= 1.0:
+        yield (
+            f"placement.colocate: learner.gpus_per_rank + rollout.gpus_per_actor = "
+            f"{learner.gpus_per_rank + rollout.gpus_per_actor:g}; shares of one GPU, e.g. 0.5 and 0.5"
         )

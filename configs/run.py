@@ -150,10 +150,27 @@ class RmSection(Section):
 # ---------------------------------------------------------------- online
 
 
+class AutoscaleSection(Section):
+    """The number of rollout actors, from measured idleness: the learner waits for rollouts → add; actors wait for
+    prompts at the gate → remove."""
+
+    min_actors: PositiveInt = 1
+    max_actors: PositiveInt = 8
+    add_above_learner_idle: Fraction = 0.25
+    """Share of the window that the learner spent waiting for samples, above which an actor is added."""
+    remove_above_actor_idle: Fraction = 0.5
+    """Share of the window that actors had nothing in flight, above which one is removed."""
+    window_s: PositiveFloat = 60.0
+    cool_down_s: PositiveFloat = 60.0
+    """No further change for so long after one: a new actor has to boot before it shows."""
+
+
 class RolloutSection(Section):
     """Actors and their vLLM engines."""
 
     actors: PositiveInt = 1
+    """At the start; `keel scale RUN --actors N` changes it while the run goes on."""
+    autoscale: AutoscaleSection | None = None
     engine: Literal["vllm", "scripted"] = "vllm"
     """scripted: a stand-in that answers at random, for tests of the plumbing."""
     engine_core: Literal["auto", "process", "thread"] = "auto"
@@ -166,6 +183,13 @@ class RolloutSection(Section):
     cpus_per_actor: PositiveFloat = 0.5
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
     tensor_parallel_size: PositiveInt = 1
+    """GPUs that one engine is split over. All of an engine's GPUs come from one placement group, on one node."""
+    chunked_prefill: bool = True
+    """Long prompts enter in pieces between decode steps, so they do not stall the other requests."""
+    max_batched_tokens: PositiveInt | None = None
+    """Most tokens of one engine step, prefill and decode together. Absent: vLLM's own choice."""
+    prefix_caching: bool = True
+    """Requests that share a prompt share its keys and values. A weight update always clears the cache."""
     boot_timeout_s: PositiveFloat = 180.0
     generate_timeout_s: PositiveFloat = 120.0
     max_restarts: Annotated[int, Field(ge=0)] = 3
@@ -245,6 +269,19 @@ class OptimizerSection(Section):
     max_grad_norm: PositiveFloat = 1.0
 
 
+class LoraSection(Section):
+    """Train low-rank adapters (Hu et al. 2021) in place of the policy's weights. The reference policy is the base model
+    with the adapter off."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    target_modules: tuple[str, ...] = ()
+    """Names of linear layers, e.g. q_proj. Empty: all linear layers but the head."""
+    broadcast: Literal["merged", "adapter"] = "merged"
+    """merged: engines get whole weights with the adapter added in. adapter: engines get the adapter alone, through
+    vLLM's LoRA loading: little to send, a little slower to generate with."""
+
+
 class LearnerSection(Section):
     """The PPO learner. One step trains on `batch_size` rollouts and publishes one new policy version."""
 
@@ -275,15 +312,42 @@ class LearnerSection(Section):
     critic: OptimizerSection = OptimizerSection(learning_rate=5e-4)
     kl: KlSection = AdaptiveKl()
     kl_budget: KlBudget = KlBudget()
+    lora: LoraSection | None = None
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward passes. Parameters, gradient reductions and optimiser state are float32."""
+    sequence_packing: Literal["auto", "off"] = "auto"
+    """auto: where the attention kernel takes sequences of different lengths (GPU), they are packed without padding."""
+    optimizer_offload: bool = False
+    """Keep parameters' shards, gradients and optimiser state in host memory, and step there. GPU only."""
+    ranks: PositiveInt = 1
+    """Processes that the learner is sharded over (FSDP2), over nodes if need be; one a GPU where there are GPUs."""
+    collective_timeout_s: PositiveFloat = 600.0
+    """A rank that waits longer than this for the others counts as lost."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """When a rank dies, all ranks are replaced and go on from the newest checkpoint, so many times in a run."""
     task_deadline_s: PositiveFloat = 120.0
     """A task issued and not scored for so long is issued again."""
     stall_timeout_s: PositiveFloat = 300.0
     """No scored rollout for so long ends the run with an error."""
     threads: PositiveInt = 1
-    cpus: PositiveFloat = 1.0
-    gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of each rank."""
+    cpus_per_rank: PositiveFloat = 1.0
+    gpus_per_rank: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpus_per_rank > 0
+
+    @property
+    def gpus(self) -> float:
+        """Of all ranks."""
+        return self.ranks * self.gpus_per_rank
+
+    @property
+    def cpus(self) -> float:
+        """Of all ranks."""
+        return self.ranks * self.cpus_per_rank
 
 
 class CheckpointSection(Section):
@@ -306,6 +370,31 @@ class RedisSection(Section):
     """redis:// or rediss:// URL of a server ≥ 7. Absent: one is started on loopback and stopped with the run."""
     lease_s: PositiveFloat = 30.0
     command_timeout_s: PositiveFloat = 10.0
+
+
+class WeightsSection(Section):
+    """How policy weights travel from the learner to the engines."""
+
+    transport: Literal["auto", "object_store", "collective"] = "auto"
+    """object_store: one packed copy in Ray's object store, read by each actor. collective: broadcast to all engines
+    from rank 0 (NCCL between GPUs, gloo between CPUs), with the object store for late joiners. auto: collective where
+    both learner and engines have whole GPUs of their own, object_store otherwise."""
+    bucket_mib: PositiveInt = 256
+    """Tensors travel in buckets of about this size."""
+    timeout_s: PositiveFloat = 120.0
+    """Deadline of each phase of a collective update: forming the group, one bucket, loading."""
+
+
+class PlacementSection(Section):
+    """Where processes go on a cluster."""
+
+    spread: Literal["pack", "spread"] = "pack"
+    """pack: fill nodes one after another; spread: rollout actors evenly over nodes."""
+    colocate: bool = False
+    """The learner's rank and the engine take turns on one GPU: the engine sleeps while the learner trains and takes
+    weights through CUDA IPC. Needs learner.max_staleness 0, one rank and one actor."""
+    wait_s: PositiveFloat = 60.0
+    """How long to wait for the cluster to have what the plan asks for (an autoscaling cluster grows meanwhile)."""
 
 
 class RaySection(Section):
@@ -340,6 +429,8 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
     redis: RedisSection = RedisSection()
+    weights: WeightsSection = WeightsSection()
+    placement: PlacementSection = PlacementSection()
     ray: RaySection = RaySection()
     metrics: MetricsSection = MetricsSection()
 

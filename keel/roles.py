@@ -108,8 +108,8 @@ class Roles:
             name="learner",
             process=LearnerActor,
             spec=spec,
-            cpus=config.learner.cpus,
-            gpus=config.learner.gpus,
+            cpus=config.learner.cpus_per_rank,
+            gpus=config.learner.gpus_per_rank,
             env=torch_environment(config.learner.threads),
             finite=True,
         )

@@ -147,7 +147,7 @@ class Runtime:
             raise SupervisionError(
                 f"no node can run {function.__name__.strip('_')}",
                 got=f"{gpus:g} GPUs asked for, the cluster has {have:g}",
-                do="set learner.gpus to what there is, or join a cluster with ray.address",
+                do="set learner.gpus_per_rank to what there is, or join a cluster with ray.address",
             )
         environment = torch_environment(threads)
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": environment})(

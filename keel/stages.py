@@ -50,7 +50,8 @@ def sft(runtime: Runtime, roles: Roles) -> None:
     del roles
     config = runtime.config
     runtime.call(
-        _offline, "learner.sft:run_sft", config, runtime.run.path, threads=config.sft.threads, gpus=config.learner.gpus
+        _offline, "learner.sft:run_sft", config, runtime.run.path, threads=config.sft.threads,
+        gpus=config.learner.gpus_per_rank,
     )
 
 
@@ -66,7 +67,7 @@ def rm(runtime: Runtime, roles: Roles) -> None:
     config = runtime.config
     runtime.call(
         _offline, "reward_service.rm_train:run_rm", config, runtime.run.path, threads=config.rm.threads,
-        gpus=config.learner.gpus,
+        gpus=config.learner.gpus_per_rank,
     )  # fmt: skip
 
 

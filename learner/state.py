@@ -251,7 +251,7 @@ class LearnerState:
 
 def _trainable(config: RunConfig, run_dir: Path, calibration: Calibration) -> Trainable:
     settings = config.learner
-    device = torch.device("cuda" if settings.gpus > 0 else "cpu")
+    device = torch.device("cuda" if settings.on_gpu else "cpu")
     policy = Policy.load(
         run_dir / "sft" / "model", gradient_checkpointing=settings.gradient_checkpointing, dtype=settings.dtype
     ).to(device)
