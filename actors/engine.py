@@ -13,7 +13,9 @@ from typing import Literal, Protocol
 import numpy as np
 
 from cluster.errors import EngineDeadError, KeelError, WeightSyncError
+from cluster.gloo_group import GlooFollower
 from cluster.records import Float32s, Int32s, VersionRun
+from cluster.weight_group import GroupBrokenError, GroupPlan, GroupUpdate
 from cluster.weights import UNSYNCED, WeightBlob
 
 FinishReason = Literal["stop", "length"]
@@ -74,6 +76,34 @@ class Engine(Protocol):
         Raises WeightSyncError when the blob is not newer, or does not hold exactly this model's parameters."""
         ...
 
+    @property
+    def group_ranks(self) -> int:
+        """How many of the engine's processes take weights from a group: its tensor-parallel size."""
+        ...
+
+    async def join_group(self, plan: GroupPlan, *, first_rank: int) -> None:
+        """Take ranks first_rank, … in a group, in place of any earlier one. Generation goes on. Raises
+        GroupBrokenError, and is then in no group."""
+        ...
+
+    async def leave_group(self) -> None:
+        """Close the group's connections, if there are any."""
+        ...
+
+    async def receive_weights(self, update: GroupUpdate) -> SyncTimings:
+        """`load_weights`, with the bytes coming through the group. GroupBrokenError leaves the engine as it was, to
+        have the version from elsewhere; any other WeightSyncError is the engine's end."""
+        ...
+
+    async def sleep(self) -> None:
+        """Give the device's memory back; generate nothing, and load nothing, until `wake`. Raises ConfigError where
+        there is no device to share."""
+        ...
+
+    async def wake(self) -> None:
+        """Take the memory again, with the weights and the version from before, and go on."""
+        ...
+
     async def probe(self, token_ids: Int32s) -> Float32s:
         """int32 [L] → float32 [L-1]: log p(token l+1 | tokens 0..l) at temperature 1 under the loaded weights."""
         ...
@@ -87,12 +117,12 @@ class Engine(Protocol):
         ...
 
 
-def check_newer_than_engine(blob: WeightBlob, *, engine_version: int) -> None:
-    """Raise WeightSyncError unless the blob's version is above the engine's."""
-    if blob.version <= engine_version:
+def check_newer_than_engine(version: int, *, engine_version: int) -> None:
+    """Raise WeightSyncError unless the version is above the engine's."""
+    if version <= engine_version:
         raise WeightSyncError(
             "these weights are not newer than the engine's",
-            got=f"version {blob.version}, the engine holds {engine_version}",
+            got=f"version {version}, the engine holds {engine_version}",
             do="publish under a higher version; versions never go backwards",
         )
 
@@ -148,6 +178,11 @@ class ScriptedEngine:
         self.before_load: asyncio.Event | None = None
         """When set, `load_weights` waits for it in the middle, generation paused."""
         self._vocab_size, self._eos_id, self._token_s, self._manual = vocab_size, eos_id, token_s, manual
+        self.asleep = False
+        """Between `sleep` and `wake`, when nothing is generated."""
+        self.received: WeightBlob | None = None
+        """The last version that came through a group."""
+        self._follower: GlooFollower | None = None
         self._answers: Answers = answers or self._random_answer
         self._random = np.random.default_rng(seed)
         self._version = UNSYNCED
@@ -186,7 +221,7 @@ class ScriptedEngine:
 
     async def load_weights(self, blob: WeightBlob) -> SyncTimings:
         self._ensure_alive()
-        check_newer_than_engine(blob, engine_version=self._version)
+        check_newer_than_engine(blob.version, engine_version=self._version)
         self._paused = True
         if self.before_load is not None:
             await self.before_load.wait()
@@ -201,6 +236,37 @@ class ScriptedEngine:
         self._arrived.set()
         return SyncTimings(pause_s=0.0, load_s=0.0)
 
+    @property
+    def group_ranks(self) -> int:
+        return 1
+
+    async def join_group(self, plan: GroupPlan, *, first_rank: int) -> None:
+        await self.leave_group()
+        self._follower = await asyncio.to_thread(GlooFollower.join, plan, rank=first_rank)
+
+    async def leave_group(self) -> None:
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
+
+    async def receive_weights(self, update: GroupUpdate) -> SyncTimings:
+        self._ensure_alive()
+        check_newer_than_engine(update.version, engine_version=self._version)
+        if self._follower is None:
+            raise GroupBrokenError(f"the engine is not in weight group {update.epoch}")
+        buffer = await asyncio.to_thread(self._follower.receive, update.size_bytes)
+        self.received = WeightBlob(update.version, update.manifest, buffer, update.probe)
+        return await self.load_weights(self.received)
+
+    async def sleep(self) -> None:
+        self._ensure_alive()
+        self.asleep = True
+
+    async def wake(self) -> None:
+        self._ensure_alive()
+        self.asleep = False
+        self._arrived.set()
+
     async def probe(self, token_ids: Int32s) -> Float32s:
         self._ensure_alive()
         exact = self._probe_logprobs
@@ -213,14 +279,15 @@ class ScriptedEngine:
 
     async def shutdown(self) -> None:
         self.die("shut down")
+        await self.leave_group()
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
             self._ticker = None
 
     def tick(self) -> None:
-        """One token for every request in flight, in order of arrival. Nothing while paused or dead."""
-        if self._paused or self._dead is not None:
+        """One token for every request in flight, in order of arrival. Nothing while paused, asleep or dead."""
+        if self._paused or self.asleep or self._dead is not None:
             return
         for pending in tuple(self._pending.values()):
             if not pending.finished.done():
@@ -241,7 +308,7 @@ class ScriptedEngine:
         while self._dead is None:
             self._arrived.clear()
             self.tick()
-            if self._pending and not self._paused:
+            if self._pending and not self._paused and not self.asleep:
                 await asyncio.sleep(self._token_s)
             else:
                 await self._arrived.wait()

@@ -5,7 +5,7 @@ Waits for: vLLM's engine core, in another process or thread. Who unblocks a call
 engine's end after a failed weight update (`_ended`), which every call watches.
 Always holds: tokens are sampled with one version's weights each, and labelled with it, because the core is paused from
 before the first tensor is loaded until after the label has changed; no cached key or value outlives its weights,
-because the pause clears the cache; an engine whose update failed never generates again.
+because every pause clears the cache, prefixes included; an engine whose update failed never generates again.
 """
 
 from __future__ import annotations
@@ -13,71 +13,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import hashlib
-import json
 import logging
-import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
 import numpy as np
 
+from actors.adapter_files import landed_adapter
 from actors.engine import Generation, GenerationRequest, SyncTimings, check_newer_than_engine, merge_runs
 from actors.landing import land_in_memory_file, land_in_process
-from cluster.errors import EngineDeadError, KeelError, ModelError, WeightSyncError
+from actors.vllm_spec import (
+    BACKEND,
+    VllmSpec,
+    checkpoint_shapes,
+    engine_options,
+    model_eos_ids,
+    prepare_environment,
+)
+from cluster.errors import ConfigError, EngineDeadError, KeelError, WeightSyncError
 from cluster.records import Float32s, Int32s
+from cluster.weight_group import GroupBrokenError, GroupPlan, GroupUpdate
 from cluster.weights import UNSYNCED, Bytes, WeightBlob
-from configs.run import RolloutSection
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_PLUGIN: Final = "actors.vllm_worker.WorkerPlugin"
-_BACKEND: Final = "keel"
-
-_CPU_ENVIRONMENT: Final[Mapping[str, str]] = {
-    "TORCH_COMPILE_DISABLE": "1",  # enforce_eager leaves one inductor compile of seconds in the log-prob helper
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the uni-process executor: one process less for each engine
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every engine of a node binds itself to core 0
-}
-
-
-@dataclass(frozen=True)
-class VllmSpec:
-    """What an engine needs to know. `seed` must differ between engines, and between restarts of one: `engine_seed`."""
-
-    model_path: str
-    rollout: RolloutSection
-    max_sequence_tokens: int
-    seed: int
-    eos_ids: tuple[int, ...] = ()
-    """End-of-sequence tokens. Empty: those that the model directory names."""
-    update_timeout_s: float = 300.0
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.rollout.gpus_per_actor > 0
-
-
-def engine_seed(*, run_seed: int, actor_index: int, incarnation: int) -> int:
-    """A seed of 31 bits for one life of one engine: equal seeds would sample equal tokens."""
-    digest = hashlib.blake2s(f"{run_seed}/{actor_index}/{incarnation}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") & 0x7FFF_FFFF
-
-
-def model_eos_ids(model_path: str) -> tuple[int, ...]:
-    """End-of-sequence ids from generation_config.json, else config.json. Raises ModelError when neither names one."""
-    for name in ("generation_config.json", "config.json"):
-        file = Path(model_path) / name
-        eos = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (int(eos),)
-    raise ModelError(
-        "the model names no end-of-sequence token", got=model_path, do="set eos_token_id in its generation_config.json"
-    )
+_JOB_POLL_S: Final = 0.01
+_LEAVE_S: Final = 10.0
+_ADAPTER: Final = "policy"
 
 
 class VllmEngine:
@@ -86,7 +51,7 @@ class VllmEngine:
     def __init__(self, llm: Any, spec: VllmSpec, *, in_thread: bool) -> None:
         self._llm, self._spec = llm, spec
         self._eos_ids = list(spec.eos_ids or model_eos_ids(spec.model_path))
-        self._checkpoint_shapes = _checkpoint_shapes(spec.model_path)
+        self._checkpoint_shapes = checkpoint_shapes(spec.model_path)
         self._land: Callable[[Bytes], AbstractContextManager[str]] = (
             land_in_process if in_thread else land_in_memory_file
         )
@@ -95,12 +60,16 @@ class VllmEngine:
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._end_reason: str | None = None
         self._probes = 0
+        self._plan: GroupPlan | None = None
+        """Of the weight group that the workers are connected in."""
+        self._adapter: Any = None
+        """The LoRARequest that every request carries, once there is an adapter."""
         self.core_in_thread = in_thread
 
     @classmethod
     async def start(cls, spec: VllmSpec) -> VllmEngine:
         """Boot the engine: 5 to 40 s. Raises EngineDeadError when vLLM does not come up, or not in time."""
-        _prepare_environment(spec)
+        prepare_environment(spec)
         try:
             async with asyncio.timeout(spec.rollout.boot_timeout_s):
                 # Handed over in a box: a future's result would be kept by the executor beyond `shutdown`.
@@ -137,24 +106,92 @@ class VllmEngine:
 
     async def load_weights(self, blob: WeightBlob) -> SyncTimings:
         async with self._update:
+            if blob.adapter is None:
+                return await self._change_to(blob, lambda: self._load_landed(blob))
+            return await self._change_to(blob, lambda: self._load_adapter(blob))
+
+    async def receive_weights(self, update: GroupUpdate) -> SyncTimings:
+        async with self._update:
             self._ensure_alive()
-            check_newer_than_engine(blob, engine_version=self._version)
-            try:
-                self._check_manifest(blob)
-                async with asyncio.timeout(self._spec.update_timeout_s):
-                    timings = await self._watched(self._replace_weights(blob))
-            except BaseException as error:
-                # Some tensors may be new and some old: nothing may be sampled from that mix, whatever went wrong.
-                self._end(f"updating to version {blob.version} failed: {type(error).__name__}")
-                if isinstance(error, WeightSyncError | asyncio.CancelledError | EngineDeadError):
-                    raise
-                raise WeightSyncError(
-                    f"updating the engine to version {blob.version} failed",
-                    got=f"{type(error).__name__}: {error}",
-                    do="replace the engine; if it happens again, compare the learner's model with the engine's",
-                ) from error
-            self._version = blob.version
-            return timings
+            check_newer_than_engine(update.version, engine_version=self._version)
+            plan = self._plan
+            if plan is None or plan.epoch != update.epoch:
+                raise GroupBrokenError(f"the engine is not in weight group {update.epoch}")
+            if plan.backend == "nccl":
+                # Loaded as it comes: a broadcast that fails leaves a mix, and ends the engine.
+                return await self._change_to(update, lambda: self._replace_weights(update, "nccl"))
+            # Received whole before anything is touched, while generation goes on.
+            limit_s = plan.timeout_s * (1 + -(-update.size_bytes // plan.bucket_bytes))  # each bucket has its deadline
+            await self._in_workers("receive", {"size_bytes": update.size_bytes}, timeout_s=limit_s)
+            return await self._change_to(update, lambda: self._replace_weights(update, "staged"))
+
+    async def _change_to(
+        self, update: WeightBlob | GroupUpdate, work: Callable[[], Awaitable[SyncTimings]]
+    ) -> SyncTimings:
+        """Take over the version that `work` loads. When it fails, end the engine."""
+        self._ensure_alive()
+        check_newer_than_engine(update.version, engine_version=self._version)
+        try:
+            self._check_manifest(update)
+            async with asyncio.timeout(self._spec.update_timeout_s):
+                timings = await self._watched(work())
+        except BaseException as error:
+            # Some tensors may be new and some old: nothing may be sampled from that mix, whatever went wrong.
+            self._end(f"updating to version {update.version} failed: {type(error).__name__}")
+            if isinstance(error, WeightSyncError | asyncio.CancelledError | EngineDeadError):
+                raise
+            raise WeightSyncError(
+                f"updating the engine to version {update.version} failed",
+                got=f"{type(error).__name__}: {error}",
+                do="replace the engine; if it happens again, compare the learner's model with the engine's",
+            ) from error
+        self._version = update.version
+        return timings
+
+    # ---------------------------------------------------------------- the weight group
+
+    @property
+    def group_ranks(self) -> int:
+        return self._spec.rollout.tensor_parallel_size
+
+    async def join_group(self, plan: GroupPlan, *, first_rank: int) -> None:
+        self._plan = None
+        argument = {**asdict(plan), "first_rank": first_rank}
+        await self._in_workers("join", argument, timeout_s=plan.timeout_s * 1.1)
+        self._plan = plan
+
+    async def leave_group(self) -> None:
+        self._plan = None
+        if self._end_reason is None and self._llm is not None:
+            await self._in_workers("leave", {}, timeout_s=_LEAVE_S)
+
+    async def _in_workers(self, job: str, argument: dict[str, Any], *, timeout_s: float) -> None:
+        """Run a job of the group in a thread of each worker. Generation goes on. Raises GroupBrokenError."""
+
+        async def finished() -> set[str]:
+            await self._llm.collective_rpc("keel_begin", args=(job, argument))
+            while "busy" in (states := set(await self._llm.collective_rpc("keel_state"))):  # noqa: ASYNC110 - by RPC
+                await asyncio.sleep(_JOB_POLL_S)
+            return states
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                states = await self._watched(finished())
+        except TimeoutError as error:
+            raise GroupBrokenError(f"{job}: the workers took too long", got=f"more than {timeout_s:g} s") from error
+        if states != {"done"}:
+            raise GroupBrokenError(f"{job} failed in a worker", got="; ".join(sorted(states - {"done"})))
+
+    # ---------------------------------------------------------------- turns on a shared GPU
+
+    async def sleep(self) -> None:
+        if not (self._spec.can_sleep and self._spec.on_gpu):
+            raise ConfigError("this engine cannot sleep", got="no shared GPU", do="set placement.colocate, on a GPU")
+        # Level 1 parks the weights in host memory: after waking the engine is right at once, whatever comes next.
+        await self._watched(self._llm.sleep(level=1, mode="keep"))
+
+    async def wake(self) -> None:
+        await self._watched(self._llm.wake_up())
 
     async def probe(self, token_ids: Int32s) -> Float32s:
         from vllm import SamplingParams
@@ -194,7 +231,8 @@ class VllmEngine:
     async def _final_output(self, request_id: str, prompt_ids: Int32s, params: Any) -> Any:
         async def last() -> Any:
             final = None
-            async for output in self._llm.generate({"prompt_token_ids": prompt_ids.tolist()}, params, request_id):
+            prompt = {"prompt_token_ids": prompt_ids.tolist()}
+            async for output in self._llm.generate(prompt, params, request_id, lora_request=self._adapter):
                 final = output
             return final
 
@@ -229,26 +267,54 @@ class VllmEngine:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task
 
-    async def _replace_weights(self, blob: WeightBlob) -> SyncTimings:
+    async def _load_landed(self, blob: WeightBlob) -> SyncTimings:
+        with self._land(blob.buffer) as location:
+            return await self._replace_weights(blob, location)
+
+    async def _replace_weights(self, update: WeightBlob | GroupUpdate, location: str) -> SyncTimings:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        with self._land(blob.buffer) as location:
-            request = WeightTransferUpdateRequest(update_info=_update_info(blob, location))
-            paused_at = time.perf_counter()
-            await self._llm.pause_generation(mode="keep", clear_cache=True)
-            load_at = time.perf_counter()
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(request)
-            await self._llm.finish_weight_update(weight_version=str(blob.version))
-            loaded_at = time.perf_counter()
+        request = WeightTransferUpdateRequest(update_info=_update_info(update, location))
+        paused_at = time.perf_counter()
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        load_at = time.perf_counter()
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(request)
+        await self._llm.finish_weight_update(weight_version=str(update.version))
+        loaded_at = time.perf_counter()
         await self._llm.resume_generation()
         return SyncTimings(pause_s=time.perf_counter() - paused_at, load_s=loaded_at - load_at)
 
-    def _check_manifest(self, blob: WeightBlob) -> None:
+    async def _load_adapter(self, blob: WeightBlob) -> SyncTimings:
+        """Under the one name and id that every request carries, in the place of the adapter before."""
+        from vllm.lora.request import LoRARequest
+
+        with landed_adapter(blob) as directory:
+            paused_at = time.perf_counter()
+            # Requests that began without an adapter end without it; those that have one go on under the new one.
+            mode = "wait" if self._adapter is None else "keep"
+            await self._llm.pause_generation(mode=mode, clear_cache=True)
+            load_at = time.perf_counter()
+            if not await self._llm.add_lora(LoRARequest(_ADAPTER, 1, directory, load_inplace=True)):
+                raise WeightSyncError(f"vLLM did not take the adapter of version {blob.version}")
+            await self._llm.update_weight_version(str(blob.version))
+            loaded_at = time.perf_counter()
+            self._adapter = LoRARequest(_ADAPTER, 1, directory)  # the files are read once: by id from here on
+            await self._llm.resume_generation()
+        return SyncTimings(pause_s=time.perf_counter() - paused_at, load_s=loaded_at - load_at)
+
+    def _check_manifest(self, update: WeightBlob | GroupUpdate) -> None:
         """Names and shapes against the model directory's: a fused parameter hides a missing part from the worker."""
-        if self._checkpoint_shapes is None:
+        is_adapter = isinstance(update, WeightBlob) and update.adapter is not None
+        if is_adapter != self._spec.takes_adapters:
+            raise WeightSyncError(
+                f"version {update.version} is {'an adapter' if is_adapter else 'a whole model'}",
+                got="an engine that was started for the other",
+                do="give engines and learner the same learner.lora",
+            )
+        if self._checkpoint_shapes is None or is_adapter:
             return
-        published, own = dict(blob.shapes), self._checkpoint_shapes
+        published, own = dict(update.shapes), self._checkpoint_shapes
         odd = sorted(set(published) ^ set(own)) or sorted(name for name in own if own[name] != published[name])
         if odd:
             raise WeightSyncError(
@@ -285,47 +351,18 @@ def _generation(output: Any) -> Generation:
     )
 
 
-def _update_info(blob: WeightBlob, location: str) -> dict[str, Any]:
+def _update_info(update: WeightBlob | GroupUpdate, location: str) -> dict[str, Any]:
     return {
         "location": location,
-        "size_bytes": len(blob.buffer),
-        "names": [entry.name for entry in blob.manifest],
-        "dtypes": [entry.dtype for entry in blob.manifest],
-        "shapes": [list(entry.shape) for entry in blob.manifest],
-        "offsets_bytes": [entry.offset_bytes for entry in blob.manifest],
+        "size_bytes": update.size_bytes,
+        "names": [entry.name for entry in update.manifest],
+        "dtypes": [entry.dtype for entry in update.manifest],
+        "shapes": [list(entry.shape) for entry in update.manifest],
+        "offsets_bytes": [entry.offset_bytes for entry in update.manifest],
     }
 
 
-def _checkpoint_shapes(model_path: str) -> dict[str, tuple[int, ...]] | None:
-    """Parameter name → shape from the headers of the directory's safetensors; None where there are none. A tied LM
-    head counts as absent, whether or not the files hold it."""
-    files = sorted(Path(model_path).glob("*.safetensors"))
-    if not files:
-        return None
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"})
-    if json.loads((Path(model_path) / "config.json").read_text()).get("tie_word_embeddings"):
-        shapes.pop("lm_head.weight", None)
-    return shapes
-
-
 # ---------------------------------------------------------------- start-up
-
-
-def _prepare_environment(spec: VllmSpec) -> None:
-    """Settings that vLLM and torch read when they are imported. A value that the user has set stays."""
-    # On a CPU each start lists ten warnings that ask for libraries of another platform.
-    settings = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING" if spec.on_gpu else "ERROR"}
-    if Path(spec.model_path).is_dir():
-        settings["HF_HUB_OFFLINE"] = "1"
-    if not spec.on_gpu:
-        settings |= {**_CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(max(1, int(spec.rollout.cpus_per_actor)))}
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and it would override rollout.kv_cache_gib
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
 
 
 def _boot(spec: VllmSpec) -> tuple[Any, bool]:
@@ -333,7 +370,7 @@ def _boot(spec: VllmSpec) -> tuple[Any, bool]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     wanted = spec.rollout.engine_core
-    if wanted != "process" and not spec.on_gpu:
+    if wanted != "process" and not spec.on_gpu and spec.rollout.tensor_parallel_size == 1:
         from actors.engine_core_thread import core_in_thread
 
         try:
@@ -353,29 +390,4 @@ def _engine_args(spec: VllmSpec) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    rollout = spec.rollout
-    if spec.on_gpu:
-        placement: dict[str, Any] = {
-            "gpu_memory_utilization": rollout.gpu_memory_utilization,
-            "tensor_parallel_size": rollout.tensor_parallel_size,
-        }
-    else:
-        placement = {"kv_cache_memory_bytes": int(rollout.kv_cache_gib * (1 << 30)), "enforce_eager": True}
-    return AsyncEngineArgs(
-        model=spec.model_path,
-        dtype=rollout.dtype,
-        max_model_len=spec.max_sequence_tokens,
-        max_num_seqs=rollout.max_concurrent_requests,
-        seed=spec.seed,
-        logprobs_mode="processed_logprobs",  # of the distribution sampled from: after the temperature
-        generation_config="vllm",  # no sampling defaults of the model's: the learner does not know of them
-        skip_tokenizer_init=True,
-        enable_prefix_caching=True,
-        trust_remote_code=False,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        enable_log_requests=False,
-        weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
-        worker_extension_cls=_PLUGIN,
-        **placement,
-    )
+    return AsyncEngineArgs(weight_transfer_config=WeightTransferConfig(backend=BACKEND), **engine_options(spec))

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.engine import Engine, GenerationRequest, ScriptedEngine
-from actors.engine_vllm import VllmEngine, VllmSpec, engine_seed, model_eos_ids
+from actors.engine_vllm import VllmEngine
 from actors.rollout_meter import RolloutMeter
 from actors.rollout_worker import RolloutWorker, WorkerSettings, first_cause
+from actors.vllm_spec import VllmSpec, engine_seed, model_eos_ids
 from cluster.errors import DeadlineError, EngineDeadError
+from cluster.turns import Turns
 from cluster.weights import WeightChannel
 from configs.run import RunConfig
 
@@ -47,6 +49,8 @@ class RolloutSpec:
     channel: WeightChannel
     index: int
     incarnation: int
+    turns: Turns | None = None
+    """Of the GPU that the engine shares with the learner."""
 
     @property
     def name(self) -> str:
@@ -90,6 +94,7 @@ class RolloutActor:
             engine=self._engine,
             weights=spec.channel,
             settings=_settings(spec),
+            turns=spec.turns,
             meter=RolloutMeter(RolloutMetrics(process.registry), heartbeat=process.heartbeat),
         )
         idle = asyncio.create_task(self._beat_while_idle(process.heartbeat))
@@ -124,10 +129,25 @@ class RolloutActor:
             await self._worker.wait_ended()
         await self._stack.aclose()
 
+    async def drain(self) -> int:
+        """Claim no more, finish what is in flight within rollout.generate_timeout_s, put the rest back for others and
+        leave the weight group: `run` then ends without an error. Returns how many entries were put back. The engine
+        stays up until `stop`; calls of `generate` under way are not waited for."""
+        _, worker = self._parts()
+        worker.drain()
+        await worker.wait_ended()
+        return worker.meter.tally.handed_back
+
     async def status(self) -> dict[str, Any]:
-        """Totals of the worker, and version, in_flight and running now."""
+        """Totals of the worker, with idle_s: seconds that `run` had nothing in flight; and version, in_flight and
+        running now."""
         engine, worker = self._parts()
-        now = {"version": engine.version, "in_flight": worker.in_flight, "running": self._running}
+        now = {
+            "version": engine.version,
+            "in_flight": worker.in_flight,
+            "idle_s": worker.idle_s,
+            "running": self._running,
+        }
         return {"name": self._spec.name, **worker.meter.as_dict(), **now}
 
     async def generate(
@@ -171,8 +191,8 @@ class RolloutActor:
             blob = await self._spec.channel.wait_newer(version - 1, timeout_s=timeout_s)
             if blob is None:
                 raise DeadlineError(f"weights of version {version} were not published", got=f"none in {timeout_s:g} s")
-            await worker.sync(blob)
-        return await worker.wait_version(version, timeout_s=timeout_s)
+            await worker.versions.load(blob)
+        return await worker.versions.wait(version, timeout_s=timeout_s)
 
     async def sync_to_newest(self, *, timeout_s: float = SYNC_TIMEOUT_S) -> int:
         """`sync_to` what is published now. Returns the engine's version; without publications, the one it has."""
@@ -195,6 +215,7 @@ def _settings(spec: RolloutSpec) -> WorkerSettings:
         generate_timeout_s=rollout.generate_timeout_s,
         max_deliveries=spec.config.reward.max_deliveries,
         probe_tolerance_nats=rollout.probe_tolerance,
+        turn_timeout_s=spec.config.learner.stall_timeout_s,
     )
 
 
@@ -211,5 +232,9 @@ async def _boot_engine(spec: RolloutSpec) -> Engine:
             rollout=config.rollout,
             max_sequence_tokens=config.max_sequence_tokens,
             seed=seed,
+            update_timeout_s=config.weights.timeout_s,
+            lora=config.learner.lora,
+            log_stats=config.metrics.enabled,
+            can_sleep=config.placement.colocate,
         )
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +32,44 @@ class Tally:
     lost_leases: int = 0
     """Answers thrown away because another actor had moved the entry on."""
     stream_errors: int = 0
+    handed_back: int = 0
+    """Entries put back for others when this actor was drained."""
     sync_failures: int = 0
     syncs: int = 0
+    group_syncs: int = 0
+    """Of these, how many came through the weight group."""
     version: int = UNSYNCED
     pause_s: float = 0.0
     load_s: float = 0.0
+
+
+class IdleTime:
+    """How long there was nothing to do, between `begin` and `end`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._before_s = 0.0
+        self._since_s: float | None = None
+        """When the present idle time began."""
+        self._running = False
+
+    @property
+    def seconds(self) -> float:
+        return self._before_s + (0.0 if self._since_s is None else self._clock() - self._since_s)
+
+    def begin(self) -> None:
+        self._running = True
+        self.now(False)
+
+    def end(self) -> None:
+        self.now(True)
+        self._running = False
+
+    def now(self, busy: bool) -> None:
+        if busy and self._since_s is not None:
+            self._before_s, self._since_s = self.seconds, None
+        elif not busy and self._running and self._since_s is None:
+            self._since_s = self._clock()
 
 
 class RolloutMeter:
@@ -75,9 +110,10 @@ class RolloutMeter:
         if self._heartbeat is not None:
             self._heartbeat.beat()
 
-    def synced(self, version: int, *, timings: SyncTimings, seconds: float) -> None:
+    def synced(self, version: int, *, timings: SyncTimings, seconds: float, by_group: bool) -> None:
         """`seconds`: from the arrival of the version to its use."""
         self.tally.syncs += 1
+        self.tally.group_syncs += by_group
         self.tally.version, self.tally.pause_s, self.tally.load_s = version, timings.pause_s, timings.load_s
         if self._metrics is not None:
             self._metrics.weight_sync_seconds.observe(seconds)
@@ -98,6 +134,9 @@ class RolloutMeter:
 
     def poisoned(self) -> None:
         self.tally.poison += 1
+
+    def handed_back(self) -> None:
+        self.tally.handed_back += 1
 
     def lost_lease(self) -> None:
         self.tally.lost_leases += 1

@@ -3,7 +3,9 @@
 Consumes: PromptTasks from the PROMPTS stream, weight blobs from the channel. Produces: Rollouts onto ROLLOUTS, and
 DeadLetters onto DEAD for tasks that failed too often.
 Waits for: prompts (one claim's wait at most); a free slot (unblocked by a request that ends); a first version, and for
-a task issued under a later version than the engine's, that version (unblocked by the sync loop).
+a task issued under a later version than the engine's, that version (unblocked by actors/engine_versions.py).
+Leaving: `stop` ends `run` within a grace time and leaves the rest to re-delivery; `drain`, for an actor that is no
+longer wanted while the run goes on, gives requests their whole time and hands back at once what is left.
 Always holds: nothing is claimed before the engine holds a published version and its log-probs of the probe sequence
 agree with the learner's; at most `max_concurrent` entries are leased, and each lease is renewed until its entry moves
 on or its task is given up to re-delivery; an entry moves on once, by `advance`. The first failing task ends `run`,
@@ -13,6 +15,7 @@ which leaves no task behind.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -20,14 +23,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
-
 from actors.engine import Engine, Generation, GenerationRequest
-from actors.rollout_meter import RolloutMeter
+from actors.engine_turns import EngineTurns
+from actors.engine_versions import EngineVersions
+from actors.rollout_meter import IdleTime, RolloutMeter
 from cluster.errors import CodecError, DeadlineError, EngineDeadError, KeelError, StreamError, WeightSyncError
 from cluster.records import DeadLetter, PromptTask, Rollout, decode, encode, pack_floats, pack_ids
 from cluster.streams import Delivery, StreamName, Streams
-from cluster.weights import UNSYNCED, WeightBlob, WeightChannel
+from cluster.turns import Turns
+from cluster.weights import WeightChannel
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -52,10 +56,12 @@ class WorkerSettings:
     outage_limit_s: float = 60.0
     """How long the queue server may stay away before `run` ends with its error."""
     retry_pause_s: float = 0.5
+    turn_timeout_s: float = 600.0
+    """How long the learner may keep a shared GPU."""
 
 
 class RolloutWorker:
-    """One actor's loop. `run` once, in the engine's event loop; `stop` and `wait_version` from the same loop."""
+    """One actor's loop. `run` once, in the engine's event loop; the rest from the same loop."""
 
     def __init__(
         self,
@@ -65,112 +71,89 @@ class RolloutWorker:
         weights: WeightChannel,
         settings: WorkerSettings,
         meter: RolloutMeter | None = None,
+        turns: Turns | None = None,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
+        """`turns`: of a GPU that the engine shares with the learner."""
         self.meter = meter or RolloutMeter()
-        self._streams, self._engine, self._weights = streams, engine, weights
+        self._streams, self._engine = streams, engine
         self._settings, self._sleep = settings, sleep
-        self._in_flight: dict[str, asyncio.Task[None]] = {}
+        self._turns: EngineTurns | None = None
+        if turns is not None:
+            limit_s = settings.generate_timeout_s
+            self._turns = EngineTurns(
+                engine, turns, settled=self._settled, turn_timeout_s=settings.turn_timeout_s, settle_timeout_s=limit_s
+            )
+        self._in_flight: dict[str, tuple[Delivery, asyncio.Task[None]]] = {}
+        self._idle, self._draining = IdleTime(), False
+        self._leftover: list[Delivery] = []
+        """Entries that a draining worker puts back once it claims no more: earlier, it might get them itself."""
         self._stopping, self._ended = asyncio.Event(), asyncio.Event()
         self._ended.set()
         self._slot_freed = asyncio.Event()
-        self._version_changed = asyncio.Condition()
-        self._ready_version = engine.version
-        """The engine's version once it has been found right: behind `engine.version` while the probe is compared."""
+        self.versions = EngineVersions(
+            engine,
+            weights=weights,
+            meter=self.meter,
+            probe_tolerance_nats=settings.probe_tolerance_nats,
+            awake=contextlib.nullcontext if self._turns is None else self._turns.awake,
+        )
 
     @property
     def in_flight(self) -> int:
         """Entries leased now."""
         return len(self._in_flight)
 
+    @property
+    def idle_s(self) -> float:
+        """Seconds that `run` has had nothing in flight, in all."""
+        return self._idle.seconds
+
     async def run(self) -> None:
         """Work until `stop`. Raises EngineDeadError, WeightSyncError or StreamError when it cannot go on."""
         self._ended.clear()
+        self._idle.begin()
+        feed = self.versions.feed(self._settings.consumer)
         try:
             async with asyncio.TaskGroup() as group:
-                services = [group.create_task(self._sync_forever()), group.create_task(self._renew_forever())]
-                if await self._or_stopped(self._first_version()):
+                follow = self.versions.follow(feed, poll_s=self._settings.weights_poll_s, unchanged=self._nothing_new)
+                services = [group.create_task(follow), group.create_task(self._renew_forever())]
+                if self._turns is not None:
+                    services.append(group.create_task(self._turns.run()))
+                if await self._or_stopped(self.versions.first()):
                     await self._claim_until_stopped(group)
-                await self._drain()
+                await self._finish()
                 for service in services:
                     service.cancel()
         except BaseExceptionGroup as errors:
             raise first_cause(errors) from errors
         finally:
-            self._ended.set()
+            self._idle.end()
+            try:
+                await feed.close()
+            except KeelError as error:
+                _log.warning("the weight group was not told that this actor leaves: %s", error)
+            finally:
+                self._ended.set()
 
     def stop(self) -> None:
         """Claim no more, and let `run` end: at once when nothing is in flight, within the grace time otherwise."""
         self._stopping.set()
         self._slot_freed.set()
 
+    def drain(self) -> None:
+        """Claim no more, and let `run` end when what is in flight is answered, or after `generate_timeout_s`: then the
+        rest is put back for others to claim."""
+        self._draining = True
+        self.stop()
+
     async def wait_ended(self) -> None:
         """Return when `run` is not running."""
         await self._ended.wait()
 
-    async def wait_version(self, version: int, *, timeout_s: float) -> int:
-        """Wait until the engine holds `version` or a later one, and return it. Needs `run` to be running. Raises
-        DeadlineError after `timeout_s`."""
-        try:
-            async with asyncio.timeout(timeout_s), self._version_changed:
-                await self._version_changed.wait_for(lambda: self._ready_version >= version)
-        except TimeoutError as error:
-            raise DeadlineError(
-                f"weights of version {version} did not come",
-                got=f"version {self._ready_version} after {timeout_s:g} s",
-                do="see whether the learner still publishes",
-            ) from error
-        return self._ready_version
-
-    # ---------------------------------------------------------------- weights
-
-    async def _first_version(self) -> None:
-        """Return when the engine holds what the channel had at this time, or something newer."""
-        newest = await self._weights.latest()
-        async with self._version_changed:
-            wanted = 0 if newest is None else newest.version
-            await self._version_changed.wait_for(lambda: self._ready_version >= wanted)
-
-    async def _sync_forever(self) -> None:
-        while True:
-            blob = await self._weights.wait_newer(self._engine.version, timeout_s=self._settings.weights_poll_s)
-            if blob is None:
-                await self._engine.check_health()  # an idle engine's death shows in no request
-                if not self._in_flight:
-                    self.meter.beat()
-                continue
-            await self.sync(blob)
-            del blob  # it pins the version's bytes in shared memory until the next one comes
-
-    async def sync(self, blob: WeightBlob) -> None:
-        """Load `blob`, and after the first load compare the probe. For `run`, and in its place while it is not
-        running. Raises WeightSyncError."""
-        first, started_s = self._ready_version == UNSYNCED, time.perf_counter()
-        try:
-            timings = await self._engine.load_weights(blob)
-            if first:
-                await self._compare(blob)
-        except WeightSyncError:
-            self.meter.sync_failed()
-            raise
-        self.meter.synced(blob.version, timings=timings, seconds=time.perf_counter() - started_s)
-        async with self._version_changed:
-            self._ready_version = blob.version
-            self._version_changed.notify_all()
-
-    async def _compare(self, blob: WeightBlob) -> None:
-        """The engine's log-probs of the probe against the learner's: a wrong load shows here and nowhere else."""
-        if blob.probe is None:
-            _log.warning("version %d came without a probe: the loaded weights are not checked", blob.version)
-            return
-        logprobs = await self._engine.probe(blob.probe.token_ids)
-        error_nats = float(np.abs(logprobs - blob.probe.logprobs).max())
-        if not error_nats <= self._settings.probe_tolerance_nats:  # so written that NaN fails
-            raise WeightSyncError(
-                f"after loading version {blob.version} the engine's log-probs are not the learner's",
-                got=f"{error_nats:.3g} nats apart on the probe, {self._settings.probe_tolerance_nats:g} allowed",
-                do="compare rollout.dtype with learner.dtype, or raise rollout.probe_tolerance for half precision",
-            )
+    def _nothing_new(self) -> None:
+        if not self._in_flight:
+            self.meter.beat()
 
     # ---------------------------------------------------------------- claiming and leases
 
@@ -190,6 +173,9 @@ class RolloutWorker:
                 wait_s=settings.claim_wait_s,
             )
             deliveries = await self._patiently(claim)
+            if self._draining:
+                self._leftover += [delivery for delivery in deliveries if delivery.entry_id not in self._in_flight]
+                return
             if not deliveries and not self._in_flight:
                 self.meter.beat()
             for delivery in deliveries:
@@ -197,14 +183,18 @@ class RolloutWorker:
                     continue  # our own lease ran out, and came back to us while we are still at it
                 self.meter.claimed(delivery)
                 task = group.create_task(self._answer(delivery))
-                self._in_flight[delivery.entry_id] = task
+                self._in_flight[delivery.entry_id] = (delivery, task)
                 task.add_done_callback(partial(self._free, delivery.entry_id))
-            self.meter.running(len(self._in_flight))
+            self._count_in_flight()
 
     def _free(self, entry_id: str, _: asyncio.Task[None]) -> None:
         self._in_flight.pop(entry_id, None)
         self._slot_freed.set()
+        self._count_in_flight()
+
+    def _count_in_flight(self) -> None:
         self.meter.running(len(self._in_flight))
+        self._idle.now(bool(self._in_flight))
 
     async def _renew_forever(self) -> None:
         while True:
@@ -214,15 +204,33 @@ class RolloutWorker:
                 renew = partial(self._streams.renew, StreamName.PROMPTS, consumer=consumer, entry_ids=entry_ids)
                 await self._patiently(renew)
 
-    async def _drain(self) -> None:
-        tasks = tuple(self._in_flight.values())
-        if not tasks:
-            return
-        _, late = await asyncio.wait(tasks, timeout=self._settings.stop_grace_s)
+    async def _settled(self) -> None:
+        """Return when nothing is in flight."""
+        while tasks := [task for _, task in self._in_flight.values()]:
+            await asyncio.wait(tasks)
+
+    async def _finish(self) -> None:
+        """Let what is in flight end, for the time that there is; give up or hand back the rest."""
+        running = dict(self._in_flight)
+        limit_s = self._settings.generate_timeout_s if self._draining else self._settings.stop_grace_s
+        late: set[asyncio.Task[None]] = set()
+        if running:
+            _, late = await asyncio.wait([task for _, task in running.values()], timeout=limit_s)
         for task in late:
             task.cancel()
-        if late:
+        if self._draining:
+            if late:
+                await asyncio.wait(late)
+            await self._hand_back([*self._leftover, *(delivery for delivery, task in running.values() if task in late)])
+        elif late:
             _log.info("%d requests did not finish in time and are left to re-delivery", len(late))
+
+    async def _hand_back(self, deliveries: list[Delivery]) -> None:
+        """Put entries at the end of the stream that they came from, where others find them now and not when the lease
+        runs out. One that was answered at the last moment stays answered."""
+        for delivery in deliveries:
+            if await self._advance(delivery, target=StreamName.PROMPTS, payload=delivery.payload):
+                self.meter.handed_back()
 
     # ---------------------------------------------------------------- one task
 
@@ -251,8 +259,8 @@ class RolloutWorker:
 
     async def _await_version(self, task: PromptTask) -> None:
         """A task never meets older weights than the gate counted on when it issued the task."""
-        if self._ready_version < task.issued_version:
-            await self.wait_version(task.issued_version, timeout_s=self._settings.generate_timeout_s)
+        if self.versions.ready < task.issued_version:
+            await self.versions.wait(task.issued_version, timeout_s=self._settings.generate_timeout_s)
 
     async def _generate(self, task: PromptTask, delivery: Delivery) -> Generation:
         request = GenerationRequest(
@@ -272,10 +280,12 @@ class RolloutWorker:
             ) from error
 
     async def _fail(self, task: PromptTask, *, delivery: Delivery, error: KeelError) -> None:
-        """Give the task up: to re-delivery, when its lease runs out, or for good."""
+        """Give the task up: to re-delivery, when its lease runs out (at once when draining), or for good."""
         _log.warning("task %s failed on delivery %d: %s", task.task_id, delivery.deliveries, error)
         self.meter.failed()
         if delivery.deliveries < self._settings.max_deliveries:
+            if self._draining:
+                self._leftover.append(delivery)
             return
         letter = DeadLetter(task=task, stage="rollout", reason=str(error), deliveries=delivery.deliveries)
         if await self._advance(delivery, target=StreamName.DEAD, payload=encode(letter)):

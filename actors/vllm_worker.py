@@ -1,20 +1,27 @@
 """The half of the weight channel that runs inside vLLM's workers: a weight-transfer backend named "keel".
 
 Named as `worker_extension_cls`, this module is imported by every worker before its model is built, and the import
-registers the backend. It reads the packed buffer where the actor put it (`Landing`) and loads it with the model's own
-`load_weights`, which fuses, shards for tensor parallelism, casts and copies to the device.
+registers the backend. It takes a version from where it lies and loads it with the model's own `load_weights`, which
+fuses, shards for tensor parallelism, casts and copies to the device. A version comes one of three ways:
+- "memory:…" or "file:…": the packed buffer where the actor put it (actors/landing.py).
+- "staged": the packed buffer that this worker received over gloo, whole, before the update began.
+- "nccl": by vLLM's own NCCL engine, bucket by bucket into the model, during the update.
 
 Two ways to load:
 - GPU: vLLM's layer-wise reload, which repeats whatever a quantisation or kernel does to weights after loading.
 - CPU: in place, with oneDNN's packing switched off. Packing keeps a private copy of the weights that a reload leaves
   stale for a tied LM head: wrong log-probs without a warning. Should a later vLLM drop the private switch, the
   layer-wise reload is used and that handle is rebuilt.
+
+Joining a group and receiving over gloo run in a thread (`WorkerPlugin`), so the engine generates meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
 import mmap
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,6 +37,8 @@ from vllm.platforms import current_platform
 
 from actors.landing import in_process_buffer
 from cluster.errors import WeightSyncError
+from cluster.gloo_group import GlooFollower
+from cluster.weight_group import GroupPlan
 from cluster.weights import Bytes, TensorEntry, unpack_entries
 
 BACKEND: Final = "keel"
@@ -37,17 +46,28 @@ _log = logging.getLogger(__name__)
 
 
 class WorkerPlugin:
-    """Mixed into vLLM's worker class. Empty: importing this module is what registers the backend."""
+    """Mixed into vLLM's worker class; called by `collective_rpc`, which blocks the engine: so both return at once."""
+
+    weight_transfer_engine: Any
+
+    def keel_begin(self, job: str, argument: dict[str, Any]) -> None:
+        """Start "join" (argument: a plan), "receive" (size_bytes) or "leave" in a thread."""
+        self.weight_transfer_engine.begin(job, argument)
+
+    def keel_state(self) -> str:
+        """Of the last job: "busy", "done", or what went wrong."""
+        state: str = self.weight_transfer_engine.job_state
+        return state
 
 
 @dataclass
 class KeelInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """Nothing to agree on beforehand."""
+    """Nothing to agree on beforehand: groups come and go (`WorkerPlugin`)."""
 
 
 @dataclass
 class KeelUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Where the buffer lies ("memory:<key>" or "file:<path>"), its size, and the manifest in columns."""
+    """Where the version is ("memory:<key>", "file:<path>", "staged", "nccl"), its size, and the manifest in columns."""
 
     location: str
     size_bytes: int
@@ -73,11 +93,72 @@ class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):  #
         whole = all(parameter.numel() for parameter in model.parameters())
         self._in_place = current_platform.is_cpu() and _packing_is_off and whole
         self._parameter_names = {name for name, _ in model.named_parameters()}
+        self._follower: GlooFollower | None = None
+        self._native: Any = None
+        self._staged: Bytes | None = None
+        self._job: threading.Thread | None = None
+        self.job_state = "done"
         if current_platform.is_cpu() and not self._in_place:
             _log.warning("oneDNN packing is on: weights load by layer-wise reload, which is slower")
 
     def init_transfer_engine(self, init_info: KeelInitInfo) -> None:
         del init_info
+
+    # ---------------------------------------------------------------- the group
+
+    def begin(self, job: str, argument: dict[str, Any]) -> None:
+        work: dict[str, Callable[[dict[str, Any]], None]] = {
+            "join": self._join,
+            "receive": self._receive,
+            "leave": self._leave,
+        }
+        if job != "receive":
+            # A thread that still waits in the old group wakes with its abort, and reports to nobody.
+            self._leave({})
+
+        def run() -> None:
+            try:
+                if not current_platform.is_cpu():
+                    torch.accelerator.set_device_index(self.device.index or 0)  # a thread starts on device 0
+                work[job](argument)
+                state = "done"
+            except Exception as error:
+                state = f"{type(error).__name__}: {error}"
+            if self._job is threading.current_thread():
+                self.job_state = state
+
+        self.job_state = "busy"
+        self._job = threading.Thread(target=run, name=f"keel-{job}", daemon=True)
+        self._job.start()
+
+    def _join(self, argument: dict[str, Any]) -> None:
+        first_rank = argument.pop("first_rank")
+        plan = GroupPlan(**argument)
+        if plan.backend == "nccl":
+            self._native = _join_nccl(self, plan, first_rank=first_rank)
+            return
+        follower = GlooFollower.join(plan, rank=first_rank + self.parallel_config.rank)
+        if self._job is threading.current_thread():
+            self._follower = follower
+        else:
+            follower.close()
+
+    def _receive(self, argument: dict[str, Any]) -> None:
+        if self._follower is None:
+            raise WeightSyncError("this engine is in no weight group", do="join one first")
+        self._staged = self._follower.receive(argument["size_bytes"])
+
+    def _leave(self, argument: dict[str, Any]) -> None:
+        del argument
+        self._staged = None
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
+        if self._native is not None:
+            self._native.shutdown()
+            self._native = None
+
+    # ---------------------------------------------------------------- an update
 
     def start_weight_update(self) -> None:
         if not self._in_place:
@@ -86,16 +167,37 @@ class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):  #
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: KeelUpdateInfo) -> None:
-        buffer = _open(update_info)
-        loaded = self.model.load_weights(unpack_entries(update_info.manifest(), buffer))
+        loaded = self._load_native(update_info) if update_info.location == "nccl" else self._load(update_info)
         # vLLM itself accepts a partial update without a word.
-        missing = self._parameter_names - set(loaded or ())
+        missing = self._parameter_names - loaded
         if missing:
             raise WeightSyncError(
                 "the weight update left parameters as they were",
                 got=", ".join(sorted(missing)[:5]),
                 do="publish every parameter of the model",
             )
+
+    def _load(self, update_info: KeelUpdateInfo) -> set[str]:
+        if update_info.location == "staged":
+            if self._staged is None or len(self._staged) != update_info.size_bytes:
+                raise WeightSyncError("the staged weights are not those of this update")
+            buffer, self._staged = self._staged, None
+        else:
+            buffer = _open(update_info)
+        return set(self.model.load_weights(unpack_entries(update_info.manifest(), buffer)) or ())
+
+    def _load_native(self, update_info: KeelUpdateInfo) -> set[str]:
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
+
+        if self._native is None:
+            raise WeightSyncError("this engine is in no weight group", do="join one first")
+        self._native.model = recorder = _LoadRecorder(self.model)
+        self._native.receive_weights(
+            NCCLWeightTransferUpdateInfo(
+                names=update_info.names, dtype_names=update_info.dtypes, shapes=update_info.shapes
+            )
+        )
+        return recorder.loaded
 
     def finish_weight_update(self) -> None:
         if not self._in_place:
@@ -106,7 +208,39 @@ class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):  #
             _repack_tied_heads(self.model)
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        self._leave({})
+
+
+class _LoadRecorder:
+    """Stands in for the model where vLLM's engine loads bucket by bucket, and remembers what was loaded."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self.loaded: set[str] = set()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        model: Any = self._model
+        names = set(model.load_weights(weights) or ())
+        self.loaded |= names
+        return names
+
+
+def _join_nccl(transfer: KeelWeightTransfer, plan: GroupPlan, *, first_rank: int) -> Any:
+    """vLLM's own receiving engine, connected to the leader (cluster/weights_nccl.py)."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
+
+    native = NCCLWeightTransferEngine(transfer.config, transfer.vllm_config, transfer.device, transfer.model)
+    native.init_transfer_engine(
+        NCCLWeightTransferInitInfo(
+            master_address=plan.address,
+            master_port=plan.port,
+            rank_offset=first_rank,
+            world_size=plan.world_size,
+            packed=True,
+            packed_buffer_size_bytes=plan.bucket_bytes,
+        )
+    )
+    return native
 
 
 def _open(update_info: KeelUpdateInfo) -> Bytes:

@@ -1,13 +1,14 @@
 """Checkpoints: tensors as safetensors, everything else as JSON, in one directory that is complete or absent.
 
-Consumes: groups of named tensors and a JSON-able state, from one writer, the learner. Produces: the same, for the
-learner's resume and for readers in other processes. Waits for: the disk only. Always holds: a directory named
-`step-…` is whole (written under another name, synced, renamed); what is loaded has the sizes and SHA-256 sums of its
-manifest; a failed save changes nothing that was there. Nothing is pickled.
+Consumes: a JSON-able state, from one writer, the learner's first rank, and tensors, from all its ranks. Produces: the
+same, for the learner's resume on any number of ranks and for readers in other processes. Waits for: the disk, and in
+`save` for what writes the tensors. Always holds: a directory named `step-…` is whole (written under another name,
+synced, renamed); what is loaded has the sizes and SHA-256 sums of its manifest; a failed save changes nothing that was
+there. Nothing is pickled. Ranks on several nodes need the directory on a file system that all of them see.
 
     checkpoints/step-00000040/manifest.json       schema version, step, size and sha256 of each other file
                               state.json
-                              policy.safetensors  one file a tensor group
+                              shard-….safetensors one file a rank: cluster/checkpoint_tensors.py
     checkpoints/step-00000040.1/                  the same step saved again; the highest number counts
     checkpoints/pinned.json                       steps that pruning leaves alone
 """
@@ -18,27 +19,25 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
 from cluster.errors import CheckpointError
 from cluster.files import Json, atomic_directory, atomic_write_text, remove_directory, remove_stale
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Tensors = Mapping[str, "Tensor"]
 Steps = list[int]
 Revisions = list[tuple[int, Path]]
 """(step, directory), oldest first; of one step, in the order they were saved."""
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _NAME: Final = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-_GROUP: Final = re.compile(r"[a-z][a-z0-9_]*")
+_HASH_THREADS: Final = 8
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -55,11 +54,11 @@ class _Manifest(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One loaded checkpoint. `tensors`: group → name → CPU tensor. `state`: as saved, tuples as lists."""
+    """One verified checkpoint. `state`: as saved, tuples as lists. The tensors are read from `path` by
+    cluster/checkpoint_tensors.py."""
 
     step: int
     path: Path
-    tensors: dict[str, dict[str, Tensor]]
     state: Json
 
 
@@ -72,20 +71,21 @@ class CheckpointStore:
         self._directory = directory
         self._keep_last = keep_last
 
-    def save(self, step: int, *, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, *, state: Mapping[str, Any], write_tensors: Callable[[Path], None]) -> Path:
         """Write a checkpoint, then prune. Returns its directory.
 
-        Tensors of any device and dtype; tied ones are stored once each. Raises CheckpointError, with nothing changed on
-        disk, when the disk refuses or `state` is not plain finite JSON with text keys.
+        `write_tensors` fills the directory that it is given with the tensors' files, and raises OSError when it cannot.
+        Raises CheckpointError, with nothing changed on disk, when the disk refuses or `state` is not plain finite JSON
+        with text keys.
         """
         text = _state_json(state)
-        _check_groups(step, tensors)
+        if step < 0:
+            raise CheckpointError("a step counts from 0", got=str(step))
         try:
             remove_stale(self._directory)
             target = self._next_path(step)
             with atomic_directory(target) as directory:
-                for group, named in tensors.items():
-                    _write_tensors(directory / f"{group}.safetensors", named)
+                write_tensors(directory)
                 (directory / "state.json").write_text(text, encoding="utf-8")
                 (directory / "manifest.json").write_bytes(_manifest(step, directory))
         except OSError as error:
@@ -214,37 +214,19 @@ def _first_non_text_key(value: object, path: str) -> str | None:
     return None
 
 
-def _check_groups(step: int, tensors: Mapping[str, Tensors]) -> None:
-    if step < 0:
-        raise CheckpointError("a step counts from 0", got=str(step))
-    for group in tensors:
-        if not _GROUP.fullmatch(group):
-            raise CheckpointError("tensor groups name files", got=repr(group), do="use a-z, 0-9 and _ only")
-
-
-def _write_tensors(path: Path, named: Tensors) -> None:
-    """One safetensors file. Raises OSError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    stored: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in named.items():
-        plain = tensor.detach().cpu().contiguous()
-        # safetensors refuses tensors that share memory, as tied weights do: the second one is copied.
-        storage = plain.untyped_storage().data_ptr()
-        stored[name] = plain.clone() if storage in storages else plain
-        storages.add(storage)
-    try:
-        save_file(stored, path)
-    except SafetensorError as error:
-        number = errno.ENOSPC if "No space" in str(error) else errno.EFBIG if "too large" in str(error) else errno.EIO
-        raise OSError(number, str(error), str(path)) from error
-
-
 def _manifest(step: int, directory: Path) -> bytes:
-    files = {path.name: _FileEntry(path.stat().st_size, _sha256(path)) for path in sorted(directory.iterdir())}
+    paths = sorted(directory.iterdir())
+    files = {
+        path.name: _FileEntry(path.stat().st_size, digest)
+        for path, digest in zip(paths, _sha256_all(paths), strict=True)
+    }
     return msgspec.json.encode(_Manifest(SCHEMA_VERSION, step, files))
+
+
+def _sha256_all(paths: Iterable[Path]) -> list[str]:
+    """Several files at a time: large ones keep a core busy each, and training waits for them."""
+    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_sha256, paths))
 
 
 def _sha256(path: Path) -> str:
@@ -267,32 +249,31 @@ def _write_error(step: int, directory: Path, error: OSError) -> CheckpointError:
 
 def _read(step: int, path: Path) -> Checkpoint:
     """Verify against the manifest, then read. Raises CheckpointError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        files = _verified_files(step, path)
-        groups = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
-        tensors = {group: load_file(path / f"{group}.safetensors") for group in groups}
+        _verify(step, path)
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, msgspec.DecodeError, SafetensorError) as error:
+    except (OSError, ValueError, msgspec.DecodeError) as error:
         raise CheckpointError(
             f"cannot read the checkpoint {path}", got=str(error), do="restore it from a copy"
         ) from error
-    return Checkpoint(step=step, path=path, tensors=tensors, state=state)
+    return Checkpoint(step=step, path=path, state=state)
 
 
-def _verified_files(step: int, path: Path) -> list[str]:
-    """The names in the manifest, each with the size and sum it says. Raises OSError, ValueError, DecodeError."""
+def _verify(step: int, path: Path) -> None:
+    """Every file has the size and sum that the manifest says. Raises OSError, ValueError, DecodeError."""
     manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=_Manifest)
     if manifest.schema_version != SCHEMA_VERSION:
-        raise ValueError(f"schema version {manifest.schema_version}, this build reads {SCHEMA_VERSION}")
+        raise ValueError(
+            f"schema version {manifest.schema_version}, this build reads {SCHEMA_VERSION}; go on with the build that "
+            "wrote it, or start over"
+        )
     if manifest.step != step:
         raise ValueError(f"manifest.json is that of step {manifest.step}, not {step}")
     for name, expected in manifest.files.items():
         size = (path / name).stat().st_size
         if size != expected.bytes:
             raise ValueError(f"{name} has {size} bytes, its manifest says {expected.bytes}")
-        if _sha256(path / name) != expected.sha256:
+    sums = _sha256_all(path / name for name in manifest.files)
+    for (name, expected), found in zip(manifest.files.items(), sums, strict=True):
+        if found != expected.sha256:
             raise ValueError(f"{name} does not have the SHA-256 sum of its manifest")
-    return list(manifest.files)

@@ -54,5 +54,9 @@ class DeadlineError(KeelError):
     """Something did not happen in the time it was given."""
 
 
+class StallError(DeadlineError):
+    """The whole run makes no progress: no rollout comes back. Replacing the process that says so would not help."""
+
+
 class SupervisionError(KeelError):
     """A task or process of the run ended that should have lived on."""

@@ -13,6 +13,8 @@ lives in one slot and a Lua script may touch several of its keys.
 | keel:{run}:score:<rm_version>:<digest> | string | reward.cache_ttl_s                                               |
 | keel:{run}:targets                     | hash   | the longest time to live of its members                          |
 | keel:{run}:lock                        | string | the lock's time to live; owner and token                         |
+| keel:{run}:learner:<group>             | string | the collective time-out; deleted when all ranks have met         |
+| keel:{run}:control                     | hash   | until the next driver of the run clears it; request and report   |
 
 Each stream has one consumer group, GROUP, created from id 0. Streams carry no MAXLEN: it would drop entries that
 nobody has read; the staleness gate bounds them.
@@ -59,6 +61,14 @@ class Keys:
     @property
     def lock(self) -> str:
         return self.prefix + "lock"
+
+    def learner(self, group: int) -> str:
+        """Where the first rank of this incarnation of the learner is."""
+        return f"{self.prefix}learner:{group}"
+
+    @property
+    def control(self) -> str:
+        return self.prefix + "control"
 
     def stream(self, name: StreamName) -> str:
         return f"{self.prefix}stream:{name.value}"

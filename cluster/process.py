@@ -13,13 +13,15 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, ProcessCollector
 
 from cluster.discovery import announce_forever
 from cluster.metrics import Heartbeat, MetricsServer
@@ -27,6 +29,9 @@ from cluster.run_redis import RunRedis
 from cluster.stores import Member
 from configs.run import RunConfig
 
+log = logging.getLogger(__name__)
+
+LOOPBACK: Final = "127.0.0.1"
 SILENCE_LIMIT_S: Final = 120.0
 """No progress for so long makes /healthz fail."""
 
@@ -47,6 +52,7 @@ async def start_process(
     """Raises StreamError when the server is not to be used, ConfigError when the exporter cannot bind."""
     log_to_file(log_dir / f"{role}-{instance}.log")
     registry, heartbeat = CollectorRegistry(), Heartbeat(silence_limit_s=SILENCE_LIMIT_S)
+    ProcessCollector(registry=registry)
     redis = RunRedis(
         redis_url,
         run=config.name,
@@ -58,7 +64,9 @@ async def start_process(
         if not config.metrics.enabled:
             yield process
             return
-        with MetricsServer(registry, host=node_address(config), heartbeat=heartbeat) as server:
+        host = node_address(config, redis_url=redis_url)
+        # vLLM, and whoever else measures in this process, records into the client's default registry.
+        with MetricsServer(registry, host=host, heartbeat=heartbeat, extra=(REGISTRY,)) as server:
             member = Member(role=role, instance=instance, address=server.address)
             announcing = asyncio.create_task(announce_forever(redis.directory, member=member))
             try:
@@ -69,15 +77,30 @@ async def start_process(
                     await announcing
 
 
-def node_address(config: RunConfig) -> str:
-    """Where this process's exporter listens: loopback for a local Ray, else this node's own address."""
-    if config.ray.address is None:
-        return "127.0.0.1"
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # TEST-NET-1: nothing is sent, the kernel only picks the outgoing address.
-        address: str = probe.getsockname()[0]
-        return address
-    return "127.0.0.1"
+def node_address(config: RunConfig, *, redis_url: str | None = None) -> str:
+    """Where this process's exporter listens. In a process of Ray: loopback for a local Ray, on a cluster the address by
+    which Ray knows the node, right on a node with several. Outside Ray (a reward worker started by hand): the address
+    from which this machine reaches the queue server. The server's own machine is loopback to itself."""
+    if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
+        return LOOPBACK if config.ray.address is None else str(ray.util.get_node_ip_address())
+    return _address_towards(redis_url) if redis_url is not None else LOOPBACK
+
+
+def _address_towards(url: str) -> str:
+    """This machine's address on the way to the host of `url`; loopback where there is no way."""
+    parts = urlsplit(url)
+    if not parts.hostname:
+        return LOOPBACK  # A socket file.
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(
+            parts.hostname, parts.port or 6379, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # Of a datagram socket: nothing is sent, the kernel only picks the way.
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        log.warning("metrics are served on loopback alone: no way to %s: %s", parts.hostname, error)
+        return LOOPBACK
 
 
 def log_to_file(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A Redis or Valkey server of the run's own, on loopback, for runs that were given no URL.
+"""A Redis or Valkey server of the run's own, for runs that were given no URL; on loopback unless told otherwise.
 
 Produces: a running server and its URL. Waits for: the first PONG, at most `start_timeout_s`. Who unblocks it: the
 server, its death, or the deadline. Always holds: on Linux the server dies with the process that started it, however
@@ -25,6 +25,7 @@ from typing import Final, Self
 
 from cluster.errors import StreamError
 
+LOOPBACK: Final = "127.0.0.1"
 _MIN_VERSION: Final = 7
 _RAY_GCS_PORT: Final = 6379
 _STOP_S: Final = 10.0
@@ -33,11 +34,14 @@ _PORT_TRIES: Final = 5
 
 # Runs in a fresh interpreter, then becomes the server: code between fork and exec in a process full of threads can
 # deadlock. If the parent died before the child asked for the signal, the child sees another parent and ends.
+# The server ends when its owner says so, over the wire, and not by signals: Ray, Slurm and containers send SIGTERM to
+# every process of a job at once, and the learner needs the server while it saves. Blocked signals stay so over exec.
 _TRAMPOLINE: Final = """
 import ctypes, os, signal, sys
 parent, program = int(sys.argv[1]), sys.argv[2:]
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit("the parent has ended")
 os.execv(program[0], program)
@@ -93,18 +97,21 @@ def _major_version(program: str) -> int:
 class EmbeddedServer:
     """A context manager: the server runs inside the block, with its data in `directory`.
 
-    The append-only file stays there, so a resumed run gives the same directory and finds its streams again.
+    The append-only file stays there, so a resumed run gives the same directory and finds its streams again. `host` is
+    the one address that it listens on: this node's own, where roles on other nodes are to reach it.
     """
 
     def __init__(
         self,
         directory: Path,
         *,
+        host: str = LOOPBACK,
         binary: Path | None = None,
         maxmemory_mib: int | None = None,
         start_timeout_s: float = 30.0,
     ) -> None:
         self.directory: Final = Path(directory).absolute()
+        self._host = host
         self._binary = binary
         self._maxmemory_mib = maxmemory_mib
         self._start_timeout_s = start_timeout_s
@@ -117,7 +124,7 @@ class EmbeddedServer:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self._port}"
+        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
 
     @property
     def url(self) -> str:
@@ -148,7 +155,7 @@ class EmbeddedServer:
         deadline_s = time.monotonic() + self._start_timeout_s
         for _ in range(_PORT_TRIES):
             chosen_here = self._port == 0
-            self._port = self._port or _free_port()
+            self._port = self._port or _free_port(self._host)
             self._write_config()
             self._process = self._spawn(binary, deadline_s)
             if self._wait_until_up(self._process, deadline_s):
@@ -164,10 +171,11 @@ class EmbeddedServer:
         )
 
     def close(self) -> None:
-        """SIGTERM, so that the append-only file is flushed; SIGKILL only if that does not end it. Repeatable."""
+        """SHUTDOWN, so that the append-only file is flushed; SIGKILL only if that does not end it. Repeatable."""
         process, self._process = self._process, None
         if process is not None and _runs(process.pid):
-            process.terminate()
+            if not self._ask_to_end():
+                process.kill()
             try:
                 process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
@@ -184,13 +192,22 @@ class EmbeddedServer:
     ) -> None:
         self.close()
 
+    def _ask_to_end(self) -> bool:
+        """False when the server does not take the request."""
+        try:
+            with socket.create_connection((self._host, self._port), timeout=1.0) as connection:
+                connection.sendall(f"AUTH {self._password}\r\nSHUTDOWN\r\n".encode())
+                return connection.recv(512).startswith(b"+OK")
+        except OSError:
+            return False
+
     @property
     def _config_file(self) -> Path:
         return self.directory / "server.conf"
 
     def _write_config(self) -> None:
         settings = {
-            "bind": "127.0.0.1",
+            "bind": self._host,
             "protected-mode": "yes",
             "port": str(self._port),
             "requirepass": self._password,
@@ -246,7 +263,7 @@ class EmbeddedServer:
     def _answers(self) -> bool:
         """PING with the password; False while it starts or loads its data."""
         try:
-            with socket.create_connection(("127.0.0.1", self._port), timeout=1.0) as connection:
+            with socket.create_connection((self._host, self._port), timeout=1.0) as connection:
                 connection.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
                 received = b""
                 while received.count(b"\r\n") < 2:
@@ -311,11 +328,19 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _free_port() -> int:
-    """A free loopback port that is not Ray's default."""
+def _free_port(host: str) -> int:
+    """A free port of that address that is not Ray's default. Raises StreamError where it is no address of this node."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        try:
+            with socket.socket(family) as probe:
+                probe.bind((host, 0))
+                port = int(probe.getsockname()[1])
+        except OSError as error:
+            raise StreamError(
+                "the embedded Redis server cannot listen on this address",
+                got=f"{host}: {error}",
+                do="give an address of this machine, or set redis.url to a running server",
+            ) from error
         if port != _RAY_GCS_PORT:
             return port

@@ -1,4 +1,5 @@
-"""Everything that a run keeps in Redis, behind one connection: streams, score cache, targets directory, run lock.
+"""Everything that a run keeps in Redis, behind one connection: streams, score cache, targets directory, run lock,
+control, the learner's meeting point.
 
 Consumes and produces: what the seams in cluster/streams.py and cluster/stores.py say. Waits for: the server, bounded by
 the client's deadline. Always holds: every call may reach the server twice and takes effect once.
@@ -15,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Final, Self
 
+from cluster.control import RedisControl
 from cluster.keys import Keys
 from cluster.redis_client import Arg, RedisClient, Script
+from cluster.rendezvous import RedisRendezvous
 from cluster.stores import Clock, Member, run_exists
 from cluster.streams_redis import RedisStreams
 
@@ -128,6 +131,11 @@ class RedisRunLock:
     async def renew(self) -> None:
         await self.acquire()
 
+    async def holder(self) -> str | None:
+        """Who holds the lock, for people; None when nobody does: no driver of this run is online."""
+        value: bytes | None = await self._client.command("GET", self._keys.lock)
+        return None if value is None else _owner_in(value)
+
     async def release(self) -> None:
         await self._client.script(_RELEASE, keys=[self._keys.lock], args=[self._value])
 
@@ -158,6 +166,8 @@ class RunRedis:
         self.scores: Final = RedisScores(self._client, keys=self._keys)
         self.directory: Final = RedisDirectory(self._client, keys=self._keys)
         self.lock: Final = RedisRunLock(self._client, keys=self._keys, ttl_s=lock_ttl_s)
+        self.rendezvous: Final = RedisRendezvous(self._client, keys=self._keys)
+        self.control: Final = RedisControl(self._client, keys=self._keys)
 
     def __repr__(self) -> str:
         return f"RunRedis({self._client.address}, run={self._keys.run!r})"

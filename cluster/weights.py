@@ -22,6 +22,8 @@ from cluster.records import Float32s, Int32s
 if TYPE_CHECKING:
     import torch
 
+    from cluster.weight_group import GroupJoiner, GroupUpdate, WeightFeed
+
 UNSYNCED: Final = -1
 """The version of an engine that still holds the weights of its model directory: before any published one."""
 _ALIGN_BYTES: Final = 64
@@ -58,19 +60,38 @@ class Probe:
             )
 
 
+@dataclass(frozen=True)
+class AdapterInfo:
+    """Of a blob that holds a low-rank adapter alone: ΔW = alpha / rank · B·A on the linear layers in `target_modules`
+    (last parts of their names, as in "q_proj"). The blob's `probe` then speaks of base and adapter together."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class WeightBlob:
-    """All weights of one policy version, contiguous. `buffer` may be read-only shared memory: nobody writes to it."""
+    """One policy version, contiguous. `buffer` may be read-only shared memory: nobody writes to it.
+
+    Without `adapter`: all weights, under the model's own names. With it: the adapter's alone, under peft's names
+    ("base_model.model.….lora_A.weight"), for the base model that the engine has loaded.
+    """
 
     version: int
     manifest: tuple[TensorEntry, ...]
     buffer: Bytes
     probe: Probe | None = None
+    adapter: AdapterInfo | None = None
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name → shape."""
         return {entry.name: entry.shape for entry in self.manifest}
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.buffer)
 
 
 class WeightChannel(Protocol):
@@ -88,9 +109,35 @@ class WeightChannel(Protocol):
         """The newest blob as soon as its version is above `than_version`; None when none came within `timeout_s`."""
         ...
 
+    def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
+        """The updates of one running consumer, which may come through a group of processes that `joiner` joins."""
+        ...
 
-def pack(version: int, named_tensors: Iterable[tuple[str, torch.Tensor]], *, probe: Probe | None = None) -> WeightBlob:
-    """Copy tensors, each aligned to 64 bytes, into one buffer.
+
+@dataclass(frozen=True)
+class StoreFeed:
+    """A feed that reads every version from the channel."""
+
+    channel: WeightChannel
+
+    async def next(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
+        return await self.channel.wait_newer(than_version, timeout_s=timeout_s)
+
+    async def report(self, update: GroupUpdate, *, error: WeightSyncError | None) -> None:
+        """There is no group."""
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+def pack(
+    version: int,
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    probe: Probe | None = None,
+    adapter: AdapterInfo | None = None,
+) -> WeightBlob:
+    """Copy tensors, each aligned to 64 bytes, into one buffer. `adapter`: what the tensors are an adapter for.
 
     Tensors must be whole (gather sharded ones first) and may lie on any device; each is moved to the CPU as it is
     yielded, so an iterator that gathers lazily holds one on the device at a time. Raises WeightSyncError on a
@@ -114,7 +161,7 @@ def pack(version: int, named_tensors: Iterable[tuple[str, torch.Tensor]], *, pro
         raw = tensor.reshape(-1).view(torch.uint8)
         target[entry.offset_bytes : entry.offset_bytes + len(raw)].copy_(raw)
     buffer.flags.writeable = False
-    return WeightBlob(version=version, manifest=tuple(manifest), buffer=buffer, probe=probe)
+    return WeightBlob(version=version, manifest=tuple(manifest), buffer=buffer, probe=probe, adapter=adapter)
 
 
 def unpack(blob: WeightBlob) -> Iterator[tuple[str, torch.Tensor]]:
@@ -129,8 +176,7 @@ def unpack_entries(manifest: Iterable[TensorEntry], buffer: Bytes) -> Iterator[t
     """`unpack` for a manifest and a buffer that travelled apart."""
     import torch
 
-    # torch warns about read-only arrays, and shared memory is read-only. The holder vouches that nobody writes.
-    storage = torch.from_numpy(np.asarray(_ReadOnlyHolder(buffer)))
+    storage = torch.from_numpy(writable_view(buffer))
     for entry in manifest:
         dtype = _torch_dtype(entry)
         size_bytes = int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize
@@ -151,6 +197,11 @@ def _torch_dtype(entry: TensorEntry) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise WeightSyncError(f"tensor {entry.name} has an unknown dtype", got=entry.dtype, do="run one torch version")
     return dtype
+
+
+def writable_view(buffer: Bytes) -> Bytes:
+    """The same memory without its read-only flag, which some libraries warn of. The caller vouches that none writes."""
+    return np.asarray(_ReadOnlyHolder(buffer))
 
 
 class _ReadOnlyHolder:
@@ -210,3 +261,7 @@ class MemoryWeightChannel:
         finally:
             with self._lock:
                 self._waiters.discard(waiter)
+
+    def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
+        del name, joiner
+        return StoreFeed(self)

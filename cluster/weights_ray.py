@@ -20,56 +20,21 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cluster.errors import DeadlineError, WeightSyncError
-from cluster.weights import Bytes, Probe, TensorEntry, WeightBlob, check_newer
+from cluster.weight_board import Notice, WeightBoard
+from cluster.weight_group import GroupJoiner, WeightFeed
+from cluster.weights import Bytes, StoreFeed, WeightBlob, check_newer
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Notice:
-    """What the board hands out: all of a blob but its bytes. `payload` holds one reference into the object store,
-    wrapped in a tuple so that Ray passes the reference on and does not fetch it."""
+class RayWeightBoard(WeightBoard):
+    """The board as a Ray actor: payloads belong to its process."""
 
-    version: int
-    manifest: tuple[TensorEntry, ...]
-    probe: Probe | None
-    payload: tuple[Any]
-
-
-class WeightBoard:
-    """The Ray actor behind the channel, as a plain class: every method runs on its one event loop."""
-
-    def __init__(self) -> None:
-        self._newest: Notice | None = None
-        self._changed = asyncio.Event()
-
-    async def publish(
-        self, version: int, manifest: tuple[TensorEntry, ...], probe: Probe | None, buffer: Bytes
-    ) -> int | None:
-        """None when taken; otherwise the version that stands in its way. `buffer` arrives as a view of the caller's
-        object; the copy put here belongs to this process and outlives the caller."""
+    def keep(self, buffer: Bytes) -> Any:
         import ray
 
-        if self._newest is not None and version <= self._newest.version:
-            return self._newest.version
-        # Not in a thread: no later `publish` may overtake this one. Long polls can wait out a memory copy.
-        self._newest = Notice(version=version, manifest=manifest, probe=probe, payload=(ray.put(buffer),))
-        self._changed.set()
-        self._changed = asyncio.Event()
-        return None
-
-    async def latest(self) -> Notice | None:
-        return self._newest
-
-    async def wait_newer(self, than_version: int, timeout_s: float) -> Notice | None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._newest is None or self._newest.version <= than_version:
-                    await self._changed.wait()
-        except TimeoutError:
-            return None
-        return self._newest
+        return ray.put(buffer)
 
 
 @dataclass(frozen=True)
@@ -89,7 +54,7 @@ class RayWeightChannel:
         """Start a board and return its channel. The board lives as long as a handle to it, or until `close`."""
         import ray
 
-        remote = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(WeightBoard)
+        remote = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(RayWeightBoard)
         options = {} if name is None else {"name": name, "namespace": namespace}
         return cls(board=remote.options(**options).remote())
 
@@ -106,35 +71,36 @@ class RayWeightChannel:
             ) from error
 
     def publish(self, blob: WeightBlob) -> None:
-        import ray
+        self.publish_to(blob, epoch=None)
 
+    def publish_to(self, blob: WeightBlob, *, epoch: int | None) -> bool:
+        """`publish`, and whether the group of `epoch` is offered the version."""
         if blob.version < 0:
             raise WeightSyncError("a policy version cannot be negative", got=str(blob.version))
-        answer = self.board.publish.remote(blob.version, blob.manifest, blob.probe, blob.buffer)
-        try:
-            obstacle = ray.get(answer, timeout=self.fetch_timeout_s)
-        except ray.exceptions.GetTimeoutError as error:
-            raise _late(f"publishing weights {blob.version}", self.fetch_timeout_s) from error
-        except ray.exceptions.RayActorError as error:
-            raise _board_gone(error) from error
+        arguments = (blob.version, blob.manifest, blob.probe, blob.buffer, blob.adapter, epoch)
+        obstacle, offered = self.ask_now("publish", *arguments, timeout_s=self.fetch_timeout_s)
         check_newer(blob.version, than_version=obstacle)
+        return bool(offered)
 
     async def latest(self) -> WeightBlob | None:
-        notice = await self._ask(self.board.latest.remote(), timeout_s=self.call_timeout_s)
-        return None if notice is None else await self._fetch(notice)
+        notice = await self.ask("latest", timeout_s=0.0)
+        return None if notice is None else await self.fetch(notice)
 
     async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = max(0.0, deadline - time.monotonic())
-            poll = self.board.wait_newer.remote(than_version, left_s)
-            notice = await self._ask(poll, timeout_s=left_s + self.call_timeout_s)
+            notice = await self.ask("wait_newer", than_version, left_s, timeout_s=left_s)
             if notice is None:
                 return None
-            blob = await self._fetch(notice)
+            blob = await self.fetch(notice)
             if blob is not None:
                 return blob
             than_version = notice.version
+
+    def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
+        del name, joiner
+        return StoreFeed(self)
 
     def close(self) -> None:
         """Stop the board. For whoever created it; later calls on any copy of the channel raise WeightSyncError."""
@@ -142,15 +108,31 @@ class RayWeightChannel:
 
         ray.kill(self.board, no_restart=True)
 
-    async def _ask(self, answer: Awaitable[Notice | None], *, timeout_s: float) -> Notice | None:
+    # ---------------------------------------------------------------- the board
+
+    async def ask(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        """Call a board's method that itself waits for `timeout_s` at most."""
         import ray
 
+        answer = getattr(self.board, method).remote(*arguments)
         try:
-            return await _within(answer, timeout_s=timeout_s, what="the weight board's answer")
+            return await _within(answer, timeout_s=timeout_s + self.call_timeout_s, what="the weight board's answer")
         except ray.exceptions.RayActorError as error:
             raise _board_gone(error) from error
 
-    async def _fetch(self, notice: Notice) -> WeightBlob | None:
+    def ask_now(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        """`ask`, for threads without an event loop."""
+        import ray
+
+        answer, limit_s = getattr(self.board, method).remote(*arguments), timeout_s + self.call_timeout_s
+        try:
+            return ray.get(answer, timeout=limit_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise _late(f"the weight board's answer to {method}", limit_s) from error
+        except ray.exceptions.RayActorError as error:
+            raise _board_gone(error) from error
+
+    async def fetch(self, notice: Notice) -> WeightBlob | None:
         """The notice's blob, or None when the board died before the payload came here."""
         import ray
 
@@ -163,7 +145,7 @@ class RayWeightChannel:
             return None
         if not isinstance(buffer, np.ndarray) or buffer.dtype != np.uint8:
             raise WeightSyncError(f"weights {notice.version} are no byte array", got=str(type(buffer)))
-        return WeightBlob(version=notice.version, manifest=notice.manifest, buffer=buffer, probe=notice.probe)
+        return notice.blob(buffer)
 
 
 async def _within(answer: Awaitable[_T], *, timeout_s: float, what: str) -> _T:

@@ -17,6 +17,7 @@ VLLM_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _MAX_BETA_CHANGE = 0.2
 """The adaptive controller's clip of KL/target - 1."""
+_MAX_ADAPTER_RANK = 512
 
 
 def cross_check(config: RunConfig, *, where: str = "configuration") -> None:
@@ -180,6 +181,8 @@ def _resources(config: RunConfig) -> Iterator[str]:
         )
     if learner.optimizer_offload and not learner.on_gpu:
         yield "learner.optimizer_offload without learner.gpus_per_rank: everything is in host memory already"
+    if learner.lora is not None and learner.lora.broadcast == "adapter" and learner.lora.rank > _MAX_ADAPTER_RANK:
+        yield f"learner.lora.rank = {learner.lora.rank}: vLLM loads adapters of rank {_MAX_ADAPTER_RANK} at most; merge"
     if config.weights.transport == "collective" and config.placement.colocate:
         yield "weights.transport = collective with placement.colocate: on one GPU weights go through CUDA IPC; use auto"
     if learner.lora is not None and learner.lora.broadcast == "adapter" and config.weights.transport == "collective":
@@ -189,10 +192,10 @@ def _resources(config: RunConfig) -> Iterator[str]:
         )
     yield from _autoscale(config)
     yield from _colocation(config)
-    if rollout.gpus_per_actor and rollout.tensor_parallel_size > rollout.gpus_per_actor:
+    if rollout.gpus_per_actor and max(1.0, rollout.gpus_per_actor) != rollout.tensor_parallel_size:
         yield (
-            f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}, more than rollout.gpus_per_actor = "
-            f"{rollout.gpus_per_actor:g}"
+            f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}, rollout.gpus_per_actor = "
+            f"{rollout.gpus_per_actor:g}: an engine takes exactly the GPUs it is split over"
         )
     wanted = rollout.actors * rollout.cpus_per_actor + reward.workers * reward.cpus_per_worker + learner.cpus
     if ray.address is None and ray.num_cpus is not None and wanted > ray.num_cpus:

@@ -193,6 +193,7 @@ class RolloutSection(Section):
     boot_timeout_s: PositiveFloat = 180.0
     generate_timeout_s: PositiveFloat = 120.0
     max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Of each actor. What dies with its host does not count."""
     probe_tolerance: PositiveFloat = 1e-4
     """Largest difference, in nats, between engine and learner log-probs of the probe sequence after a first sync."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cluster.errors import ConfigError, KeelError
+from keel.submit_options import SubmitOptions, command_from
 
 app = typer.Typer(
     name="keel",
@@ -40,6 +42,10 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over; an earlier run of this name is moved aside.")
     ] = False,
+    redis: Annotated[
+        str | None,
+        typer.Option(envvar="KEEL_REDIS_URL", help="URL of the queue server, instead of redis.url; best by variable."),
+    ] = None,
 ) -> None:
     """Run the whole job, or the stages asked for: data, sft, collect, rm, ppo, evaluate, report.
 
@@ -50,6 +56,8 @@ def train(
     chosen = list(overrides or [])
     if stages is not None:
         chosen.append(f"stages=[{stages}]")
+    if redis is not None:
+        chosen.append(f"redis.url={json.dumps(redis)}")
     run_config = load_config(config, overrides=chosen)
     if resume and fresh:
         raise ConfigError("--resume and --fresh exclude each other", do="give one of them")
@@ -84,6 +92,25 @@ def config(config: ConfigArgument, overrides: SetOption = None) -> None:
     from configs.load import dump_config, load_config
 
     typer.echo(dump_config(load_config(config, overrides=overrides or [])), nl=False)
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster to plan for, instead of ray.address; its resources are only read.")
+    ] = None,
+    network_gbit: Annotated[float, typer.Option(min=0.1, help="Bandwidth between nodes, Gbit/s.")] = 25.0,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print what goes where, what it costs in memory, and what is impossible. Starts nothing; exits 1 if not."""
+    from configs.load import load_config
+    from keel.plan_command import print_plan_of
+
+    run_config = load_config(config, overrides=overrides or [])
+    fits = print_plan_of(run_config, address=address, network_gbit_per_s=network_gbit, as_json=as_json)
+    raise typer.Exit(0 if fits else 1)
 
 
 @app.command()
@@ -122,6 +149,26 @@ def generate(
         typer.echo(f"{prompt}\n  → {answer}")
 
 
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run that goes on, e.g. runs/demo.")],
+    actors: Annotated[int | None, typer.Option(help="How many rollout actors there should be.")] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="Hand the number back to rollout.autoscale.")] = False,
+    redis: Annotated[
+        str | None, typer.Option(envvar="KEEL_REDIS_URL", help="URL of the run's Redis, where it is not on disk.")
+    ] = None,
+) -> None:
+    """Add or remove rollout actors while a run goes on. Removed ones finish what they have; nothing is lost.
+
+    The number holds until the end of the run, and autoscaling pauses; a resumed run starts with rollout.actors again.
+    """
+    from keel.scale import scale_run
+
+    if auto == (actors is not None):
+        raise ConfigError("one of --actors and --auto is needed", do="keel scale runs/demo --actors 4")
+    scale_run(run, actors=actors, redis_url=redis, say=typer.echo)
+
+
 @app.command("reward-worker")
 def reward_worker(
     redis: Annotated[
@@ -134,6 +181,19 @@ def reward_worker(
     from keel.standalone import run_reward_worker
 
     raise typer.Exit(run_reward_worker(_existing_run(run), redis_url=redis, index=index))
+
+
+def _submit(options: SubmitOptions) -> None:
+    """Run the job on a Ray cluster that is up: upload, start, follow its log, and exit as it does.
+
+    Ctrl-C leaves the job running. --status, --logs and --stop are about a job submitted earlier.
+    """
+    from keel.submit import submit
+
+    raise typer.Exit(submit(options))
+
+
+app.command("submit")(command_from(SubmitOptions, _submit))
 
 
 def _existing_run(path: Path) -> Path:

@@ -6,6 +6,7 @@ unknown stage or a record without some field shows as a gap, never as an error.
 
 progress.jsonl: {"t": unix seconds, "stage", "event": "start" | "progress" | "end" | "skip", "step", "steps", "loss",
                 "note", "seconds"}; a record without an event is progress
+                {"t", "role", "event": "workers" | "restart" | "scale" | …, "running", "wanted", "note"}
 metrics.jsonl:  one record a PPO step
 config.yaml:    learner.steps, for the ETA
 """
@@ -122,6 +123,8 @@ class RunView:
     """The newest PPO step's record."""
     recent_step_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     total_steps: int | None = None
+    workers: Json = field(default_factory=dict)
+    """The newest record of how many rollout actors run."""
 
     @classmethod
     def of(cls, stages: Iterable[str], *, total_steps: int | None = None) -> RunView:
@@ -135,6 +138,13 @@ class RunView:
         stage = self.stages.setdefault(name, StageView(name))
         stage.apply(record)
         return stage
+
+    def apply_role(self, record: Json) -> str | None:
+        """A record about a role, which is about no stage. The line that tells of it, if it is worth one."""
+        role, note = record.get("role"), record.get("note")
+        if role == "rollout" and event_of(record) == "workers":
+            self.workers = record
+        return f"[{role}] {note}" if isinstance(role, str) and isinstance(note, str) else None
 
     def apply_step(self, record: Json) -> None:
         self.step = record
@@ -186,10 +196,17 @@ def _readings(view: RunView) -> list[tuple[str, str]]:
         ("tokens", _text(record, "response_tokens_mean", "{:.0f}")),
         ("staleness", _text(record, "staleness_mean")),
         ("queues", depths),
+        ("actors", _headcount(view.workers)),
         ("tokens/s", _text(record, "tokens_per_second_rollout", "{:.0f}")),
         ("step", f"{_text(record, 'step_seconds', '{:.1f}')} s"),
         ("ETA", seconds_text(view.eta_s)),
     ]
+
+
+def _headcount(record: Json) -> str:
+    """ "3", or "1 of 3" while not all of them run."""
+    running, wanted = _text(record, "running", "{:.0f}"), _text(record, "wanted", "{:.0f}")
+    return running if running == wanted else f"{running} of {wanted}"
 
 
 def _total_steps(run_dir: Path) -> int | None:
@@ -256,6 +273,8 @@ class Display:
         now_s = self._clock()
         for record in self._progress.read():
             stage = self.view.apply_progress(record)
+            if stage is None and (line := self.view.apply_role(record)) is not None:
+                show(line)
             if stage is not None and self._deserves_line(stage.name, record):
                 show(stage_line(stage, now_s=now_s))
         for record in self._metrics.read():

@@ -8,11 +8,13 @@ import time
 from typing import Any
 
 from cluster.files import JsonlTail, atomic_write_text
+from cluster.supervise import RolePool
 from keel.evaluate import evaluate_policy
 from keel.interrupt import InterruptedRun
 from keel.overseer import Overseer
 from keel.roles import Roles
 from keel.runtime import Runtime
+from keel.scaler import ActorIdleness, Scaler
 from keel.trackers import Trackers, open_trackers
 
 log = logging.getLogger(__name__)
@@ -29,13 +31,17 @@ def run_online(runtime: Runtime, roles: Roles) -> None:
     started_s = time.monotonic()
     sft_model = runtime.run.path / "sft" / "model"
     rollout, reward, learner = roles.rollout(sft_model), roles.reward(), roles.learner()
+    for pool in (rollout, reward, learner):
+        pool.wait_placed(runtime.tick)
     for pool in (rollout, reward):
         pool.wait_ready(runtime.tick)
     if not (runtime.run.path / "eval" / "sft.json").exists():
         evaluate_policy(runtime, roles, tag="sft", model_dir=sft_model)
     info = learner.wait_ready(runtime.tick)[0]
-    states = lambda: {pool.role.name: pool.states for pool in roles.running}  # noqa: E731
-    with Overseer(config, run_dir=runtime.run.path, redis_url=runtime.redis_url, workers=states) as overseer:
+    scaler = _make_scaler(runtime, roles)
+    with Overseer(
+        config, run_dir=runtime.run.path, redis_url=runtime.redis_url, pools=lambda: roles.running, scaler=scaler
+    ) as overseer:
         runtime.run.emit(stage="ppo", event="progress", note=f"Prometheus targets: {overseer.discovery_url}")
         for pool in (rollout, reward, learner):
             pool.run()
@@ -47,26 +53,45 @@ def run_online(runtime: Runtime, roles: Roles) -> None:
         raise InterruptedRun("stopped on request; a checkpoint is saved", do="go on with keel train CONFIG --resume")
 
 
+def _make_scaler(runtime: Runtime, roles: Roles) -> Scaler:
+    pool = roles.rollout(runtime.run.path)
+    return Scaler(
+        pool,
+        config=runtime.config,
+        idle_of_actors=ActorIdleness(lambda: pool.handles, ray=runtime.ray),
+        note=lambda event, text: roles.note("rollout", event=event, text=text),
+    )
+
+
 def _watch(runtime: Runtime, roles: Roles, *, overseer: Overseer, trackers: Trackers, started_s: float) -> None:
     learner = roles.learner()
     metrics = JsonlTail(runtime.run.path / "metrics.jsonl")
-    asked = first_rollout_seen = False
+    asked: set[Any] = set()
+    first_rollout_seen = False
 
     def finished() -> bool:
-        nonlocal asked, first_rollout_seen
+        nonlocal first_rollout_seen
         if overseer.error is not None:
             raise overseer.error
-        if runtime.stop.requested and not asked:
-            asked = True
-            for handle in learner.handles:
-                handle.stop.remote()
+        if runtime.stop.requested:
+            _ask_to_stop(learner, asked)
         if not first_rollout_seen:
             first_rollout_seen = _note_first_rollout(runtime, roles, started_s=started_s)
-        for record in metrics.read():
+        records = metrics.read()
+        for record in records:
             trackers.log(record)
+        overseer.scaler.step(records)
         return learner.finished
 
     roles.watch(finished)
+
+
+def _ask_to_stop(learner: RolePool, asked: set[Any]) -> None:
+    """Ask each process of the learner once; one that replaces another is asked as well."""
+    for handle in learner.handles:
+        if handle not in asked:
+            asked.add(handle)
+            handle.stop.remote()
 
 
 def _note_first_rollout(runtime: Runtime, roles: Roles, *, started_s: float) -> bool:

@@ -1,8 +1,11 @@
 """The driver's own business with the queue server while a run is online, on a thread with an event loop of its own:
-the lock on the run's name, service discovery for Prometheus, and the driver's metrics (queues, workers by state).
+the lock on the run's name, service discovery for Prometheus, the driver's metrics (queues, workers by state), and the
+control key, through which `keel scale` talks to the scaler.
 
-Consumes: the server. Produces: the discovery address. Waits: for nobody in the driver; the driver reads `error`.
-Always holds: one living run a name and server; when the lock is lost, `error` says so and the run must end.
+Consumes: the server. Produces: the discovery address. Waits: for nobody in the driver; the driver reads `error`, the
+scaler `request`. Who unblocks it: the client's deadlines.
+Always holds: one living run a name and server; when the lock is lost, `error` says so and the run must end. What was
+asked of an earlier driver of the run is forgotten.
 """
 
 from __future__ import annotations
@@ -11,35 +14,40 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from cluster.discovery import Discovery
-from cluster.errors import KeelError, StreamError, SupervisionError
+from cluster.errors import CodecError, KeelError, StreamError, SupervisionError
 from cluster.metrics import RunMetrics
 from cluster.process import node_address, start_process
 from cluster.run_redis import LOCK_TTL_S, RunRedis
 from cluster.streams import StreamName
+from cluster.supervise import RolePool
 from configs.run import RunConfig
+from keel.ray_targets import ray_targets
+from keel.scaler import Scaler
 
 log = logging.getLogger(__name__)
 
 _METRICS_PERIOD_S = 2.0
 _LOCK_RENEWAL_S = LOCK_TTL_S / 4
-WorkerStates = Callable[[], Mapping[str, Mapping[str, int]]]
+_CONTROL_PERIOD_S = 0.5
+Pools = Callable[[], Sequence[RolePool]]
 
 
 class Overseer:
     """Starts with the `with` block; entering raises what stands in the way, such as a living run of the same name."""
 
-    def __init__(self, config: RunConfig, *, run_dir: Path, redis_url: str, workers: WorkerStates) -> None:
+    def __init__(self, config: RunConfig, *, run_dir: Path, redis_url: str, pools: Pools, scaler: Scaler) -> None:
         self.error: KeelError | None = None
         self.discovery_url = ""
         self._config = config
         self._run_dir = run_dir
         self._redis_url = redis_url
-        self._workers = workers
+        self._pools = pools
+        self.scaler = scaler
         self._ready = threading.Event()
         self._ended = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -78,19 +86,22 @@ class Overseer:
         ) as process:
             redis = process.redis
             await redis.lock.acquire()
+            await redis.control.clear()
+            metrics = RunMetrics(process.registry)
             with Discovery(
                 redis.directory,
                 run=config.name,
                 host=node_address(config),
                 port=config.metrics.discovery_port,
                 file_sd=self._run_dir / "prometheus_targets.json",
+                extra_targets=lambda: ray_targets(config.name, tell_alive=metrics.nodes_alive.set),
             ) as discovery:
                 self.discovery_url = discovery.url
                 self._ready.set()
-                metrics = RunMetrics(process.registry)
                 tasks = [
                     asyncio.create_task(self._keep_lock(redis)),
                     asyncio.create_task(discovery.run_forever()),
+                    asyncio.create_task(self._control(redis)),
                     asyncio.create_task(self._measure(redis, metrics, process.heartbeat.beat)),
                 ]
                 ending = asyncio.create_task(self._ended.wait())
@@ -114,6 +125,7 @@ class Overseer:
                 log.warning("run lock not renewed, trying again: %s", error)
 
     async def _measure(self, redis: RunRedis, metrics: RunMetrics, beat: Callable[[], None]) -> None:
+        decisions = dict.fromkeys(self.scaler.decisions, 0)
         while True:
             try:
                 for stream in StreamName:
@@ -122,6 +134,25 @@ class Overseer:
             except StreamError as error:
                 metrics.stream_errors.inc()
                 log.warning("queue depths not read: %s", error)
-            for role, counts in self._workers().items():
-                metrics.set_workers(role, counts=counts)
+            for pool in self._pools():
+                name = pool.role.name
+                metrics.set_workers(name, counts=pool.states)
+                metrics.set_restarts(name, total=pool.restarts)
+                metrics.workers_wanted.labels(name).set(pool.wanted)
+            for decision, total in self.scaler.decisions.items():
+                metrics.autoscale_decisions[decision].inc(total - decisions[decision])
+                decisions[decision] = total
             await asyncio.sleep(_METRICS_PERIOD_S)
+
+    async def _control(self, redis: RunRedis) -> None:
+        """Carry requests to the scaler and its reports back, for ever."""
+        told = None
+        while True:
+            try:
+                self.scaler.request = await redis.control.asked()
+                if (report := self.scaler.report) != told:
+                    await redis.control.tell(report)
+                    told = report
+            except (StreamError, CodecError) as error:
+                log.warning("control key not read, trying again: %s", error)
+            await asyncio.sleep(_CONTROL_PERIOD_S)

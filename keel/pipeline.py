@@ -12,6 +12,7 @@ from cluster.process import log_to_file
 from configs.run import STAGES, RunConfig, Stage
 from keel.display import Display
 from keel.interrupt import InterruptedRun, stop_on_signal
+from keel.plan_gate import check_cluster, check_this_machine
 from keel.roles import Roles
 from keel.rundir import RunDirectory, open_run
 from keel.runtime import Runtime
@@ -22,12 +23,14 @@ INTERRUPTED_EXIT_CODE = 130
 
 def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
     """Run the configured stages. Returns the exit code; raises KeelError with what was done kept on disk."""
+    check_this_machine(config, resume=resume)
     with open_run(config, resume=resume, fresh=fresh) as run, stop_on_signal() as stop:
         log_to_file(run.path / "logs" / "driver-0.log")
         wanted = [stage for stage in STAGES if stage in config.stages]
         with Display(run.path, wanted) as display:
             try:
                 with Runtime(config, run, stop=stop, refresh=display.refresh) as runtime:
+                    check_cluster(runtime)
                     if config.redis.url is not None:
                         runtime.check_redis()
                     roles = Roles(runtime)

@@ -12,6 +12,15 @@ RAY_ENVIRONMENT: Final = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
+NODE_ENVIRONMENT: Final = RAY_ENVIRONMENT | {
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""Of `ray start` on a cluster's nodes. The head asks each node whether it lives: with these settings a host that went
+without a word (power, network) is known to be lost after 15 s at most, with Ray's own after 65 s. Until then its actors
+count as running: their leases go to others, but nobody takes their place. Give more where nodes stall for seconds."""
+
 
 def torch_environment(threads: int) -> dict[str, str]:
     """Of a process that computes with torch. Idle OpenMP threads sleep: when roles share cores, spinning ones cost

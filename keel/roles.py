@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.rollout_actor import RolloutActor, RolloutSpec
+from cluster.errors import StallError
+from cluster.group import INPUT_ERRORS
 from cluster.supervise import Role, RolePool
 from keel.ray_environment import torch_environment
 from keel.runtime import Runtime
@@ -15,6 +17,10 @@ from learner.learner_actor import LearnerActor, LearnerSpec
 from reward_service.reward_actor import RewardActor, RewardSpec
 
 log = logging.getLogger(__name__)
+
+_LEARNER_START_S = 180.0
+_DRAIN_MARGIN_S = 30.0
+"""For what follows the last answer: handing leases back, leaving the weight group."""
 
 
 class Roles:
@@ -24,6 +30,7 @@ class Roles:
         self._runtime = runtime
         self._pools: dict[str, RolePool] = {}
         self._channel: Any = None
+        self._headcount = (0, 0)
 
     @property
     def running(self) -> list[RolePool]:
@@ -34,9 +41,9 @@ class Roles:
         """The weight channel of this run."""
         if self._channel is None:
             assert self._runtime.ray is not None
-            from cluster.weights_ray import RayWeightChannel
+            from keel.weight_channel import make_channel
 
-            self._channel = RayWeightChannel.create()
+            self._channel = make_channel(self._runtime.config)
             self._runtime.on_exit(self._channel.close)
         return self._channel
 
@@ -64,6 +71,11 @@ class Roles:
             env=torch_environment(threads=1),
             max_restarts=config.rollout.max_restarts,
             start_timeout_s=config.rollout.boot_timeout_s,
+            drain_timeout_s=config.rollout.generate_timeout_s + _DRAIN_MARGIN_S,
+            placement_wait_s=config.placement.wait_s,
+            explain=self._plan,
+            spread=config.placement.spread == "spread",
+            advice="lower rollout.actors, rollout.gpus_per_actor or rollout.cpus_per_actor, or add a node",
         )
         return self._pool(role, count=config.rollout.actors)
 
@@ -88,20 +100,25 @@ class Roles:
             gpus=config.reward.gpus_per_worker,
             env=torch_environment(config.reward.threads),
             max_restarts=config.reward.max_restarts,
+            placement_wait_s=config.placement.wait_s,
+            explain=self._plan,
+            advice="lower reward.workers, reward.gpus_per_worker or reward.cpus_per_worker, or add a node",
         )
         return self._pool(role, count=config.reward.workers)
 
     def learner(self) -> RolePool:
-        """The learner: one process, whose death ends the run (`keel train --resume` goes on from its checkpoint)."""
+        """The learner's ranks. When one dies, all are replaced and go on from the newest checkpoint."""
         config = self._runtime.config
 
         def spec(index: int, incarnation: int) -> LearnerSpec:
-            del index, incarnation
             return LearnerSpec(
                 config=config,
                 redis_url=self._runtime.redis_url,
                 run_dir=str(self._runtime.run.path.resolve()),
                 channel=self.channel,
+                rank=index,
+                world_size=config.learner.ranks,
+                incarnation=incarnation,
             )
 
         role = Role(
@@ -111,15 +128,23 @@ class Roles:
             cpus=config.learner.cpus_per_rank,
             gpus=config.learner.gpus_per_rank,
             env=torch_environment(config.learner.threads),
+            max_restarts=config.learner.max_restarts,
+            start_timeout_s=max(_LEARNER_START_S, config.learner.collective_timeout_s),
+            placement_wait_s=config.placement.wait_s,
+            explain=self._plan,
             finite=True,
+            together=True,
+            final_errors=(*INPUT_ERRORS, StallError),
+            advice="lower learner.ranks, learner.gpus_per_rank or learner.cpus_per_rank, or add a node",
         )
-        return self._pool(role, count=1)
+        return self._pool(role, count=config.learner.ranks)
 
     def watch(self, until: Callable[[], bool]) -> None:
         """See to all roles, redrawing the display, until the condition holds."""
         while not until():
             for pool in self.running:
                 pool.poll(timeout_s=0.2 / len(self.running))
+            self._note_headcount()
             self._runtime.check_server()
             self._runtime.refresh()
 
@@ -135,11 +160,30 @@ class Roles:
             # What the role stands on comes up first, so that it is taken down after it.
             assert self._runtime.redis_url
             assert self._runtime.ray is not None
-            pool = RolePool(role)
+            pool = RolePool(role, note=lambda event, text: self.note(role.name, event=event, text=text))
             self._pools[role.name] = pool
             self._runtime.on_exit(lambda: self.stop(role.name))
             pool.grow_to(count)
         return self._pools[role.name]
+
+    def note(self, role: str, *, event: str, text: str) -> None:
+        """Put what happened to a role into the run's record, for people."""
+        self._runtime.run.emit(role=role, event=event, note=text)
+
+    def _note_headcount(self) -> None:
+        """Record how many rollout actors run whenever that changes."""
+        pool = self._pools.get("rollout")
+        headcount = None if pool is None else (pool.up, pool.wanted)
+        if headcount is not None and headcount != self._headcount:
+            self._headcount = headcount
+            self._runtime.run.emit(role="rollout", event="workers", running=headcount[0], wanted=headcount[1])
+
+    def _plan(self) -> str:
+        """The table of the whole run, where the living nodes cannot hold all of it."""
+        from keel.plan import unplaceable
+        from keel.plan_view import ClusterView
+
+        return unplaceable(self._runtime.config, cluster=ClusterView.from_ray(self._runtime.ray)) or ""
 
     @property
     def _log_dir(self) -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from cluster.errors import SupervisionError
+from cluster.process import node_address
 from cluster.redis_server import EmbeddedServer
 from cluster.run_redis import RunRedis
 from configs.run import RunConfig
@@ -79,10 +80,17 @@ class Runtime:
         """URL of a checked, writable server: the configured one, or one started on loopback for this run."""
         url = self.config.redis.url
         if url is None:
-            self._server = self._stack.enter_context(EmbeddedServer(self.run.path / "redis"))
+            self._server = self._stack.enter_context(EmbeddedServer(self.run.path / "redis", host=self._own_address))
             url = self._server.url
         asyncio.run(self._check_redis(url))
         return url
+
+    @property
+    def _own_address(self) -> str:
+        """Where roles reach this machine: loopback, or on a cluster the address by which Ray knows it."""
+        if self.config.ray.address is not None:
+            assert self.ray is not None
+        return node_address(self.config)
 
     def check_redis(self) -> None:
         """Raise StreamError now, before the long stages, if the configured server is not to be used."""
@@ -179,9 +187,11 @@ class Runtime:
 
 
 def _cpus_needed(config: RunConfig) -> int:
+    scale = config.rollout.autoscale
+    actors = config.rollout.actors if scale is None else max(config.rollout.actors, scale.max_actors)
     online = (
         config.learner.cpus
-        + config.rollout.actors * config.rollout.cpus_per_actor
+        + actors * config.rollout.cpus_per_actor
         + config.reward.workers * config.reward.cpus_per_worker
     )
     return int(online) + 2

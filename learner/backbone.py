@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cluster.errors import ModelError
 from learner.batch import TrainBatch
+from learner.packing import packed_response_states
 
 DtypeName = Literal["float32", "bfloat16"]
 
@@ -73,6 +74,14 @@ def named_head(model: nn.Module, name: str) -> nn.Module:
     return head
 
 
+def linear_head(model: nn.Module, name: str) -> nn.Linear:
+    """`named_head`, which must be a linear layer. Raises ModelError when it is not."""
+    head = named_head(model, name)
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"the model's `{name}` is not a linear layer", got=repr(head), do="use a model with one")
+    return head
+
+
 def set_gradient_checkpointing(model: nn.Module, *, enabled: bool) -> None:
     """Recompute layers in the backward pass instead of keeping their activations. Transformers only does so in
     training mode, which without dropout is the same function as evaluation mode."""
@@ -81,14 +90,18 @@ def set_gradient_checkpointing(model: nn.Module, *, enabled: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
 
 
-def response_states(decoder: nn.Module, batch: TrainBatch) -> Tensor:
+def response_states(decoder: nn.Module, batch: TrainBatch, *, packed: bool = False) -> Tensor:
     """[N, H] hidden state before each valid response token, rows one after another.
+
+    `packed`: all sequences in one row, for a decoder that attends so (learner/packing.py); else as follows.
 
     The state before token t of a response is at sequence position prompt_tokens − 1 + t, so the last token of a
     sequence is never fed. Rows are padded right and attention is causal: no real position can see padding, and no
     attention mask is needed (which lets attention take its fast causal path). Positions count from the first prompt
     token, the model's default.
     """
+    if packed:
+        return packed_response_states(decoder, batch)
     inputs_BL = batch.sequence_ids_BL[:, :-1]
     states_BLH: Tensor = decoder(input_ids=inputs_BL, use_cache=False).last_hidden_state
     positions_T = torch.arange(batch.response_ids_BT.shape[1], device=inputs_BL.device)

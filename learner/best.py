@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ from cluster.files import atomic_directory, remove_directory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from learner.policy import Policy
-
+SaveModel = Callable[[Path], None]
+"""Writes the policy, as it is now, into a directory."""
 WINDOW_STEPS = 5
 KL_MARGIN = 1.25
 
@@ -38,7 +38,7 @@ class BestPolicy:
         """One step's batch means."""
         self._window.append((score_normalised, kl / kl_target if kl_target else 0.0))
 
-    def save_if_better(self, policy: Policy, *, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
+    def save_if_better(self, save_model: SaveModel, *, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """Write policy/best when the window's mean score is the highest yet and its KL within bounds."""
         if not self._window or fmean(share for _, share in self._window) > KL_MARGIN:
             return
@@ -46,11 +46,11 @@ class BestPolicy:
         if score <= self._best:
             return
         self._best = score
-        self._write("best", policy, tokenizer, {"step": step, "score_normalised": score})
+        self._write("best", save_model, tokenizer, {"step": step, "score_normalised": score})
 
-    def save_final(self, policy: Policy, *, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
+    def save_final(self, save_model: SaveModel, *, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """Write policy/final: the newest policy."""
-        self._write("final", policy, tokenizer, {"step": step})
+        self._write("final", save_model, tokenizer, {"step": step})
 
     def to_state(self) -> dict[str, Any]:
         """JSON-able."""
@@ -64,13 +64,15 @@ class BestPolicy:
         self._best = float("-inf") if state["best"] is None else float(state["best"])
         self._window.extend((float(score), float(share)) for score, share in state["window"])
 
-    def _write(self, name: str, policy: Policy, tokenizer: PreTrainedTokenizerBase, note: Mapping[str, float]) -> None:
+    def _write(
+        self, name: str, save_model: SaveModel, tokenizer: PreTrainedTokenizerBase, note: Mapping[str, float]
+    ) -> None:
         target, fresh = self._directory / name, self._directory / f"{name}.new"
         try:
             if fresh.exists():
                 remove_directory(fresh)
             with atomic_directory(fresh) as beside:
-                policy.save_pretrained(beside)
+                save_model(beside)
                 tokenizer.save_pretrained(beside)
                 (beside / "keel.json").write_text(json.dumps(note))
             if target.exists():

@@ -25,6 +25,7 @@ from learner.backbone import (
     to_rows,
 )
 from learner.batch import TrainBatch
+from learner.packing import attend_packed, packs
 
 
 class Critic(nn.Module):
@@ -46,8 +47,10 @@ class Critic(nn.Module):
         std: float,
         gradient_checkpointing: bool = False,
         dtype: DtypeName = "float32",
+        sequence_packing: bool = False,
     ) -> None:
-        """Raises ModelError when the head does not give one number or the calibration cannot scale."""
+        """Raises ModelError when the head does not give one number or the calibration cannot scale. `sequence_packing`:
+        as in Policy."""
         super().__init__()
         head = named_head(model, "score")
         if not isinstance(head, nn.Linear) or head.out_features != 1:
@@ -68,6 +71,7 @@ class Critic(nn.Module):
         device = next(model.parameters()).device
         self.register_buffer("value_mean", torch.tensor(float(mean), device=device))
         self.register_buffer("value_std", torch.tensor(max(float(std), MIN_STD), device=device))
+        self._packing = sequence_packing and torch.cuda.is_available() and attend_packed(model, inner_decoder(model))
         set_gradient_checkpointing(model, enabled=gradient_checkpointing)
 
     @classmethod
@@ -80,13 +84,21 @@ class Critic(nn.Module):
         vocab_size: int,
         gradient_checkpointing: bool = False,
         dtype: DtypeName = "float32",
+        sequence_packing: bool = False,
     ) -> Critic:
         """From a reward model's directory. `vocab_size`: the policy's; ids past the critic's embeddings cannot be read.
         Nothing is random: a directory without a trained head is refused. Raises ModelError."""
         from transformers import AutoModelForSequenceClassification
 
         model = load_pretrained(AutoModelForSequenceClassification, path, num_labels=1)
-        critic = cls(model, mean=mean, std=std, gradient_checkpointing=gradient_checkpointing, dtype=dtype)
+        critic = cls(
+            model,
+            mean=mean,
+            std=std,
+            gradient_checkpointing=gradient_checkpointing,
+            dtype=dtype,
+            sequence_packing=sequence_packing,
+        )
         own: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
         if own.num_embeddings < vocab_size:
             raise ModelError(
@@ -102,8 +114,10 @@ class Critic(nn.Module):
 
     def forward(self, batch: TrainBatch) -> Tensor:
         """values_BT, float32; 0 on padding. The value at t has seen the prompt and the tokens before t, not token t."""
-        with compute_dtype(self.device, self._dtype):
-            states_NH = response_states(inner_decoder(self.model), batch)
+        device = batch.response_tokens_B.device
+        with compute_dtype(device, self._dtype):
+            packed = self._packing and packs(device, dtype=self._dtype)
+            states_NH = response_states(inner_decoder(self.model), batch, packed=packed)
             raw_N = named_head(self.model, "score")(states_NH)[:, 0].float()
         return to_rows((raw_N - self.value_mean) / self.value_std, batch)
 

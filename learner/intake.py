@@ -2,7 +2,7 @@
 
 Consumes: SCORED and DEAD. Produces: PROMPTS. Waits: in `take_batch`, for scored rollouts.
 Who unblocks it: the reward service; or the task deadline, after which a task is issued again; or the stall time-out,
-which raises DeadlineError. Always holds: the ledger's identity (learner/ledger.py), and no more tasks issued than the
+which raises StallError. Always holds: the ledger's identity (learner/ledger.py), and no more tasks issued than the
 gate allows. A server that is away is waited for, up to the stall time-out: the ledger makes good what it lost.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.errors import CodecError, DeadlineError, StreamError
+from cluster.errors import CodecError, StallError, StreamError
 from cluster.records import DeadLetter, PromptTask, ScoredRollout, decode, encode
 from cluster.streams import Delivery, StreamName, Streams
 from learner.deck import PromptDeck, TaskTemplate, deal_tasks
@@ -74,7 +74,7 @@ class Intake:
     async def take_batch(self, *, step: int, version: int, stop: asyncio.Event) -> list[ScoredRollout] | None:
         """`batch_size` scored rollouts, none over age, oldest task first; None when `stop` was set meanwhile.
 
-        Raises DeadlineError when nothing was scored for `stall_timeout_s`.
+        Raises StallError when nothing was scored for `stall_timeout_s`.
         """
         last_progress_s = self._clock()
         while not stop.is_set():
@@ -137,9 +137,9 @@ class Intake:
             await self._streams.publish(StreamName.PROMPTS, [encode(task) for task in self._unsent])
             self._unsent = []
 
-    def _stalled(self) -> DeadlineError:
+    def _stalled(self) -> StallError:
         ledger = self.ledger
-        return DeadlineError(
+        return StallError(
             f"no rollout was scored for {self._settings.stall_timeout_s:.0f} s",
             got=f"{ledger.outstanding} tasks outstanding, {ledger.held} scored and waiting for a full batch",
             do="look at logs/ for the rollout and reward roles, and at the depths in metrics.jsonl",

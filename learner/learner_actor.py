@@ -1,7 +1,10 @@
-"""The learner as a process: builds its parts, resumes from the newest checkpoint, runs the loop, serves metrics.
+"""One rank of the learner as a process: meets the other ranks, builds its parts, serves metrics; rank 0 runs the loop,
+resuming from the newest checkpoint, the others follow it.
 
-Consumes and produces: see learner/loop.py. Waits: in run(). Who unblocks it: see learner/intake.py.
-Always holds: run() returns only after a checkpoint of its last step is on disk; every other way out is an exception.
+Consumes and produces: see learner/loop.py and learner/follow.py. Waits: in start() for the other ranks; in run().
+Who unblocks it: see learner/meet.py, learner/intake.py and learner/follow.py.
+Always holds: run() returns only after a checkpoint of the last step is on disk, the same on every rank; every other way
+out is an exception, after which no other rank waits for this one.
 """
 
 from __future__ import annotations
@@ -11,26 +14,36 @@ import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.weights import WeightChannel
 from configs.run import RunConfig
+
+if TYPE_CHECKING:
+    from cluster.process import Process
+    from learner.follow import Follower
+    from learner.ranks import Ranks
+    from learner.state import LearnerState
+    from learner.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """What the composition root gives the learner."""
+    """What the composition root gives each rank. `incarnation`: of the group; one more at each restart."""
 
     config: RunConfig
     redis_url: str
     run_dir: str
     channel: WeightChannel
+    rank: int = 0
+    world_size: int = 1
+    incarnation: int = 0
 
 
 class LearnerActor:
-    """Made into a Ray actor by the composition root."""
+    """Made into a Ray actor by the composition root. All ranks' start() run at the same time, then all ranks' run()."""
 
     def __init__(self, spec: LearnerSpec) -> None:
         self._spec = spec
@@ -38,51 +51,110 @@ class LearnerActor:
         self._ended = asyncio.Event()
         self._ended.set()
         self._stack = AsyncExitStack()
-        self._state: Any = None
-        self._telemetry: Any = None
+        self._ranks: Ranks | None = None
+        self._leading: tuple[LearnerState, Telemetry] | None = None
+        self._following: Follower | None = None
 
     async def start(self) -> dict[str, Any]:
-        """Load or resume everything. Returns where the run stands."""
+        """Meet the other ranks, then load or resume everything. Returns where the run stands."""
         import torch
 
         from cluster.process import start_process
-        from learner.state import LearnerState
-        from learner.telemetry import Telemetry
+        from learner.trainer import Trainer
 
         spec = self._spec
         torch.set_num_threads(spec.config.learner.threads)
         process = await self._stack.enter_async_context(
             start_process(
-                spec.config, role="learner", instance="0", redis_url=spec.redis_url, log_dir=Path(spec.run_dir) / "logs"
+                spec.config,
+                role="learner",
+                instance=str(spec.rank),
+                redis_url=spec.redis_url,
+                log_dir=self._run_dir / "logs",
             )
         )
-        self._state = await asyncio.to_thread(
-            LearnerState.build,
-            spec.config,
-            run_dir=Path(spec.run_dir),
-            streams=process.redis.streams,
-            channel=spec.channel,
-        )
-        self._telemetry = Telemetry(spec.config, run_dir=Path(spec.run_dir), process=process, state=self._state)
-        return {"step": self._state.step, "version": self._state.version}
+        self._ranks = ranks = await self._meet(process)
+        try:
+            trainer = await asyncio.to_thread(Trainer, spec.config, run_dir=self._run_dir, ranks=ranks)
+            return await (self._lead(process, trainer) if spec.rank == 0 else self._follow(process, trainer))
+        except Exception as error:
+            log.exception("the learner cannot start")
+            ranks.abort(error)
+            raise
 
     async def run(self) -> str:
-        """The loop. Returns how it ended (learner.loop.Ending)."""
-        from learner.loop import train
-
+        """The loop, or following it. Returns how it ended (learner.loop.Ending), on every rank."""
         self._ended.clear()
         try:
-            ending = await train(self._state, self._telemetry, stop=self._stop)
-            log.info("ended: %s at step %d", ending, self._state.step)
-            return str(ending)
-        except Exception:
+            ending = await self._run()
+            log.info("ended: %s", ending)
+            return ending
+        except Exception as error:
             log.exception("the learner failed")
+            if self._ranks is not None:
+                self._ranks.abort(error)
             raise
         finally:
             self._ended.set()
             await self._stack.aclose()
 
     async def stop(self) -> None:
-        """Finish the step at hand, save, and end run(); returns when that is done."""
+        """Rank 0: finish the step at hand, save, and end run(). The others end when rank 0 does. Returns when this
+        rank's run() has ended."""
         self._stop.set()
         await self._ended.wait()
+
+    @property
+    def _run_dir(self) -> Path:
+        return Path(self._spec.run_dir)
+
+    async def _meet(self, process: Process) -> Ranks:
+        from cluster.process import node_address
+        from learner.meet import Place, meet
+        from learner.models import learner_device
+        from learner.ranks import SOLO
+
+        spec = self._spec
+        if spec.world_size == 1 and not spec.config.learner.optimizer_offload:
+            return SOLO
+        return await meet(
+            process.redis.rendezvous,
+            place=Place(rank=spec.rank, size=spec.world_size, group=spec.incarnation, host=node_address(spec.config)),
+            device=learner_device(spec.config),
+            timeout_s=spec.config.learner.collective_timeout_s,
+        )
+
+    async def _lead(self, process: Process, trainer: Any) -> dict[str, Any]:
+        from learner.state import LearnerState
+        from learner.team import Team
+        from learner.telemetry import Telemetry
+
+        spec = self._spec
+        state = await asyncio.to_thread(
+            LearnerState.build,
+            spec.config,
+            run_dir=self._run_dir,
+            streams=process.redis.streams,
+            channel=spec.channel,
+            team=Team(trainer),
+        )
+        self._leading = state, Telemetry(spec.config, run_dir=self._run_dir, process=process, state=state)
+        return {"step": state.step, "version": state.version}
+
+    async def _follow(self, process: Process, trainer: Any) -> dict[str, Any]:
+        from learner.follow import Follower
+
+        self._following = Follower(trainer, beat=process.heartbeat.beat)
+        ready = await asyncio.to_thread(self._following.until_ready)
+        return {"step": ready.step, "version": ready.version}
+
+    async def _run(self) -> str:
+        from learner.loop import train
+
+        if self._following is not None:
+            return await asyncio.to_thread(self._following.until_end)
+        assert self._leading is not None
+        state, telemetry = self._leading
+        ending = str(await train(state, telemetry, stop=self._stop))
+        await asyncio.to_thread(state.team.end, ending)
+        return ending

@@ -1,34 +1,40 @@
-"""The policy in training: a causal language model, asked only for the log-probabilities of its responses.
+"""The policy in training: a causal language model, asked only for the log-probabilities of its responses; all of its
+weights are trained, or a low-rank adapter.
 
 Shapes: B sequences, T response tokens, N valid response tokens of a batch, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cluster.errors import ModelError
+from cluster.weights import AdapterInfo
+from configs.run import LoraSection
 from learner.backbone import (
     DtypeName,
     compute_dtype,
     inner_decoder,
+    linear_head,
     load_pretrained,
-    named_head,
     response_states,
     set_gradient_checkpointing,
     to_rows,
 )
 from learner.batch import TrainBatch
+from learner.head import target_logprobs
+from learner.lora import adapter_off, adapter_tensors, add_adapter, merged_tensors, save_adapter
+from learner.packing import attend_packed, packs
+from learner.sharding import whole_tensor
 
-MAX_LIVE_LOGITS: Final = 1 << 27
-"""Logits alive at once (float32: 512 MiB). Above it the vocabulary projection runs in recomputed slices: a 150 000-word
-vocabulary would otherwise need several GiB for each copy of a micro-batch's logits."""
+ADAPTER_DIR: Final = "adapter"
+"""Inside a saved policy's directory: the adapter that its weights contain, for its base model."""
 _PROBE_TOLERANCE: Final = 1e-3
 
 
@@ -41,23 +47,48 @@ class Policy(nn.Module):
     soft-capped ones.
     """
 
-    def __init__(self, model: nn.Module, *, gradient_checkpointing: bool = False, dtype: DtypeName = "float32") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        gradient_checkpointing: bool = False,
+        dtype: DtypeName = "float32",
+        sequence_packing: bool = False,
+        lora: LoraSection | None = None,
+    ) -> None:
+        """`sequence_packing`: batches are packed without padding on devices that can. `lora`: train an adapter."""
         super().__init__()
         inner_decoder(model)
-        named_head(model, "lm_head")
+        linear_head(model, "lm_head")
         self.model = model
         self._dtype: DtypeName = dtype
         set_gradient_checkpointing(model, enabled=False)
         self._check_head()
+        self._packing = sequence_packing and torch.cuda.is_available() and attend_packed(model, inner_decoder(model))
+        self._lora = lora
+        self._adapter = None if lora is None else add_adapter(model, inner_decoder(model), section=lora)
         set_gradient_checkpointing(model, enabled=gradient_checkpointing)
 
     @classmethod
-    def load(cls, path: str | Path, *, gradient_checkpointing: bool = False, dtype: DtypeName = "float32") -> Policy:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        gradient_checkpointing: bool = False,
+        dtype: DtypeName = "float32",
+        sequence_packing: bool = False,
+        lora: LoraSection | None = None,
+    ) -> Policy:
         """From a Hugging Face directory. Raises ModelError."""
         from transformers import AutoModelForCausalLM
 
-        model = load_pretrained(AutoModelForCausalLM, path)
-        return cls(model, gradient_checkpointing=gradient_checkpointing, dtype=dtype)
+        return cls(
+            load_pretrained(AutoModelForCausalLM, path),
+            gradient_checkpointing=gradient_checkpointing,
+            dtype=dtype,
+            sequence_packing=sequence_packing,
+            lora=lora,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -78,9 +109,16 @@ class Policy(nn.Module):
         valid_BT = batch.mask_BT.bool()
         targets_N = batch.response_ids_BT[valid_BT]
         temperature_N = batch.temperature_B[:, None].expand_as(valid_BT)[valid_BT]
-        with compute_dtype(self.device, self._dtype):
-            states_NH = response_states(inner_decoder(self.model), batch)
-            logprobs_N, entropy_N = self._project(states_NH, targets_N, temperature_N, entropy_grad)
+        device = targets_N.device
+        with compute_dtype(device, self._dtype):
+            packed = self._packing and packs(device, dtype=self._dtype)
+            logprobs_N, entropy_N = target_logprobs(
+                response_states(inner_decoder(self.model), batch, packed=packed),
+                head=linear_head(self.model, "lm_head"),
+                targets_N=targets_N,
+                temperature_N=temperature_N,
+                entropy_grad=entropy_grad,
+            )
         return to_rows(logprobs_N, batch), to_rows(entropy_N, batch)
 
     def response_logprobs(self, batch: TrainBatch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
@@ -97,34 +135,51 @@ class Policy(nn.Module):
         logprobs_LV = torch.log_softmax(logits_LV.float(), dim=-1)
         return logprobs_LV.gather(1, token_ids[1:, None].to(self.device))[:, 0]
 
+    @property
+    def adapter_info(self) -> AdapterInfo | None:
+        """What `named_tensors` are an adapter for; None when they are whole weights."""
+        return self._adapter if self._lora is not None and self._lora.broadcast == "adapter" else None
+
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's weights under their own (Hugging Face) names; tied weights once. Live views, not copies."""
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+        """What engines are sent. Whole weights: under the model's own (Hugging Face) names, tied ones once, an adapter
+        added in one tensor at a time; or with lora.broadcast "adapter" the adapter alone, under peft's names. Live
+        views, but for merged weights. Of a sharded model take all of them on every rank."""
+        return merged_tensors(self.model) if self.adapter_info is None else adapter_tensors(self.model)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a Hugging Face directory (safetensors)."""
-        self.model.save_pretrained(directory)  # type: ignore[operator]
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """What training changes, by parameter name: with the model directory it began from, all there is to a policy.
+        Live views, sharded where the model is: save them before the next step, or write into them to resume."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def _project(
-        self, states_NH: Tensor, targets_N: Tensor, temperature_N: Tensor, entropy_grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(logprobs_N, entropy_N), in slices when all logits at once would be too many."""
-        head = named_head(self.model, "lm_head")
-        slice_tokens = max(1, MAX_LIVE_LOGITS // self.vocab_size)
-        if len(states_NH) <= slice_tokens:
-            return _head_outputs(head, states_NH, targets_N, temperature_N, entropy_grad)
-        slices = zip(
-            *(torch.split(values, slice_tokens) for values in (states_NH, targets_N, temperature_N)), strict=True
-        )
-        parts: list[Any] = [checkpoint(_head_outputs, head, *one, entropy_grad, use_reentrant=False) for one in slices]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Inside the block the policy is the model it began from, as a reference. Raises ModelError without one."""
+        if self._adapter is None:
+            raise ModelError(
+                "the policy has no adapter to take off", got="a fully trained model", do="set learner.lora"
+            )
+        with adapter_off(self.model):
+            yield
+
+    def save_pretrained(self, directory: str | Path | None) -> None:
+        """Write an ordinary Hugging Face directory (safetensors), an adapter added into the weights; the adapter also
+        by itself, in ADAPTER_DIR. Of a sharded model every rank must call it; those that write nothing give None."""
+        write = directory is not None
+        weights = _gathered(merged_tensors(self.model), keep=write)
+        adapter = {} if self._adapter is None else _gathered(adapter_tensors(self.model), keep=write)
+        if directory is None:
+            return
+        stored = self.model.state_dict()
+        weights |= {name: stored[name] for name, _ in self.model.named_buffers() if name in stored}
+        self.model.save_pretrained(directory, state_dict=weights)  # type: ignore[operator]
+        if self._adapter is not None:
+            save_adapter(Path(directory) / ADAPTER_DIR, info=self._adapter, tensors=adapter)
 
     @torch.no_grad()
     def _check_head(self) -> None:
         ids_BL = torch.arange(4, device=self.device)[None] % self.vocab_size
         states_BLH = inner_decoder(self.model)(input_ids=ids_BL, use_cache=False).last_hidden_state
-        ours = named_head(self.model, "lm_head")(states_BLH)
+        ours = linear_head(self.model, "lm_head")(states_BLH)
         theirs = self.model(input_ids=ids_BL, use_cache=False).logits
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=_PROBE_TOLERANCE, rtol=_PROBE_TOLERANCE):
             raise ModelError(
@@ -134,11 +189,7 @@ class Policy(nn.Module):
             )
 
 
-def _head_outputs(
-    head: nn.Module, states_NH: Tensor, targets_N: Tensor, temperature_N: Tensor, entropy_grad: bool
-) -> tuple[Tensor, Tensor]:
-    logits_NV = head(states_NH).float() / temperature_N[:, None]
-    logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-    return logprobs_NV.gather(1, targets_N[:, None])[:, 0], entropy_N
+def _gathered(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU; {} where only shards are lent."""
+    gathered = ((name, whole_tensor(tensor)) for name, tensor in tensors)
+    return {name: tensor.cpu() for name, tensor in gathered if keep}

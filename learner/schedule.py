@@ -1,6 +1,7 @@
 """The learning-rate schedule, and AdamW under it with gradient clipping.
 
 State for the checkpoint is one flat dict of tensors by parameter name (safetensors holds it; nothing is pickled).
+Parameters may be shards (DTensor): their state then is sharded as they are, and norms are those of the whole.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cluster.errors import CheckpointError
 from configs.run import OptimizerSection
@@ -59,8 +61,10 @@ class ScheduledAdamW:
         return rate
 
     def clip(self) -> Tensor:
-        """Scale gradients to max_grad_norm at most. Returns the norm before, which is not finite if a gradient is."""
-        return nn.utils.clip_grad_norm_(self._named.values(), self._section.max_grad_norm)
+        """Scale gradients to max_grad_norm at most. Returns the norm before, over all ranks, which is not finite if a
+        gradient is."""
+        norm = nn.utils.clip_grad_norm_(self._named.values(), self._section.max_grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def step(self) -> None:
         self._adamw.step()
@@ -76,6 +80,15 @@ class ScheduledAdamW:
             for name, parameter in self._named.items()
             for key, value in self._adamw.state.get(parameter, {}).items()
         }
+
+    def allocate_state(self) -> None:
+        """Make the state that the first step would make, so that `state_tensors` has something to read into."""
+        for parameter in self._named.values():
+            self._adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state_tensors` gave; {} is the state before any step. Raises CheckpointError on another

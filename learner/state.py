@@ -1,5 +1,6 @@
 """Everything a run's learner is, in one object that can be saved whole and comes back exactly.
 
+What all ranks have, the models in training, is behind `team` (learner/team.py); the rest is rank 0's alone.
 What the checkpoint holds: policy, critic, both optimisers, the KL controller, the score normaliser, the reward model's
 version, the prompt cursor, the random state, the ledger of outstanding tasks, step and version (DESIGN §1).
 """
@@ -7,11 +8,9 @@ version, the prompt cursor, the random state, the ledger of outstanding tasks, s
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,49 +22,35 @@ from cluster.errors import CheckpointError
 from cluster.records import ScoredRollout
 from cluster.streams import Streams
 from cluster.text import load_tokenizer
-from cluster.weights import Probe, WeightChannel, pack
+from cluster.weights import Probe, WeightBlob, WeightChannel, pack
 from configs.run import RunConfig
-from learner.algo.advantages import NEEDS_CRITIC
 from learner.algo.kl import KlState
 from learner.algo.normalise import ScoreNormaliser
 from learner.batch import train_batch
 from learner.best import BestPolicy
-from learner.critic import Critic
 from learner.deck import PromptDeck, TaskTemplate
-from learner.experience import Experience, ExperienceStats, experience_stats, make_experience, normalised_scores
+from learner.experience import Experience, ExperienceStats, experience_stats, normalised_scores
 from learner.intake import Intake, IntakeSettings
 from learner.kl_control import kl_budget, kl_controller
 from learner.ledger import Gate, Ledger
-from learner.policy import Policy
+from learner.models import Calibration
 from learner.prompts import load_deck
-from learner.schedule import ScheduledAdamW
-from learner.update import Trainable, UpdateStats, ppo_update
+from learner.ranks import SOLO
+from learner.team import Team
+from learner.trainer import Trainer
+from learner.update_stats import UpdateStats
 
 log = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 24
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Mean and standard deviation of the reward model's raw scores on the answers it was trained from."""
-
-    rm_version: str
-    mean: float
-    std: float
-    count: int
-
-    @classmethod
-    def read(cls, rm_dir: Path) -> Calibration:
-        manifest = json.loads((rm_dir / "manifest.json").read_text())
-        numbers = manifest["calibration"]
-        return cls(manifest["version"], numbers["mean"], numbers["std"], numbers["count"])
-
-
 class LearnerState:
     """Built by `build`, which resumes when there is a checkpoint."""
 
-    def __init__(self, config: RunConfig, *, run_dir: Path, channel: WeightChannel, incarnation: str) -> None:
+    def __init__(
+        self, config: RunConfig, *, run_dir: Path, channel: WeightChannel, team: Team, incarnation: str
+    ) -> None:
         self.config = config
         self.settings = config.learner
         self.run_dir = run_dir
@@ -80,8 +65,7 @@ class LearnerState:
         self.kl_controller = kl_controller(config.learner.kl)
         self.kl_budget = kl_budget(config.learner.kl_budget)
         self.kl = self.kl_controller.initial()
-        self.trainable = _trainable(config, run_dir, self.calibration)
-        self.rng = torch.Generator().manual_seed(config.seed)
+        self.team = team
         self.deck: PromptDeck
         self.intake: Intake
         self.best = BestPolicy(run_dir / "policy")
@@ -91,9 +75,13 @@ class LearnerState:
         self._saved_step = -1
 
     @classmethod
-    def build(cls, config: RunConfig, *, run_dir: Path, streams: Streams, channel: WeightChannel) -> LearnerState:
-        """A new learner, or the one that the newest checkpoint holds. Raises ModelError, DataError, CheckpointError."""
-        state = cls(config, run_dir=run_dir, channel=channel, incarnation=uuid.uuid4().hex[:8])
+    def build(
+        cls, config: RunConfig, *, run_dir: Path, streams: Streams, channel: WeightChannel, team: Team | None = None
+    ) -> LearnerState:
+        """A new learner, or the one that the newest checkpoint holds. `team`: as loaded from the offline stages; left
+        out, this process alone. Raises ModelError, DataError, CheckpointError."""
+        team = team or Team(Trainer(config, run_dir=run_dir, ranks=SOLO))
+        state = cls(config, run_dir=run_dir, channel=channel, team=team, incarnation=uuid.uuid4().hex[:8])
         checkpoint = state._store.load() if state._store.latest() is not None else None
         ledger = Ledger(task_deadline_s=config.learner.task_deadline_s)
         position = 0
@@ -101,27 +89,21 @@ class LearnerState:
             ledger, position = state._restore(checkpoint)
         state.deck = load_deck(config, run_dir, position=position)
         state.intake = state._make_intake(streams, ledger)
+        team.ready(step=state.step, version=state.version)
         return state
 
     # ------------------------------------------------------------ one step
 
     def make_experience(self, rollouts: Sequence[ScoredRollout]) -> Experience:
         """Batch, normalised scores, rewards, values, advantages: steps 2 to 4 of DESIGN §5."""
-        batch = train_batch(rollouts)
-        scores_B, self.normaliser = normalised_scores(batch, self.normaliser, score_clip=self.settings.score_clip)
-        return make_experience(
-            batch,
-            policy=self.trainable.policy,
-            critic=self.trainable.critic,
-            scores_B=scores_B,
-            beta=self.kl.beta,
-            settings=self.settings,
+        scores_B, self.normaliser = normalised_scores(
+            train_batch(rollouts), self.normaliser, score_clip=self.settings.score_clip
         )
+        return self.team.make_experience(rollouts, scores_B=scores_B, beta=self.kl.beta)
 
     def update(self, experience: Experience) -> UpdateStats:
         """Train policy and critic on it."""
-        self.trainable.set_step(self.step)
-        return ppo_update(experience, trainable=self.trainable, settings=self.settings, rng=self.rng)
+        return self.team.update(experience, step=self.step)
 
     def advance(self, experience: Experience, update: UpdateStats) -> ExperienceStats:
         """The step is done: next β, next version. Returns the batch in plain numbers."""
@@ -151,14 +133,16 @@ class LearnerState:
         newest = await self._channel.latest()
         if newest is not None and newest.version >= self.version:
             self.version = newest.version + 1
-        blob = await asyncio.to_thread(pack, self.version, self.trainable.policy.named_tensors(), probe=self._probe())
+        blob = await asyncio.to_thread(self._pack)
         await asyncio.to_thread(self._channel.publish, blob)
 
+    def _pack(self) -> WeightBlob:
+        return pack(self.version, self.team.weights(), probe=self._probe(), adapter=self.team.adapter_info)
+
     def _probe(self) -> Probe:
-        policy = self.trainable.policy
         generator = torch.Generator().manual_seed(self.version)
-        token_ids = torch.randint(policy.vocab_size, (_PROBE_TOKENS,), generator=generator)
-        return Probe(token_ids=token_ids.int().numpy(), logprobs=policy.probe_logprobs(token_ids).float().cpu().numpy())
+        token_ids = torch.randint(self.team.vocab_size, (_PROBE_TOKENS,), generator=generator)
+        return Probe(token_ids=token_ids.int().numpy(), logprobs=self.team.probe_logprobs(token_ids).numpy())
 
     # ------------------------------------------------------------ checkpoints
 
@@ -172,23 +156,14 @@ class LearnerState:
         directory. Raises CheckpointError; earlier checkpoints stay."""
         tokenizer = load_tokenizer(self.run_dir / "sft" / "model")
         if self._saved_step != self.step:
-            self.best.save_if_better(self.trainable.policy, tokenizer=tokenizer, step=self.step)
-            self._store.save(self.step, tensors=self.checkpoint_tensors(), state=self._json_state())
+            self.best.save_if_better(self.team.save_model, tokenizer=tokenizer, step=self.step)
+            self._store.save(self.step, state=self._json_state(), write_tensors=self.team.save)
             self._saved_step = self.step
-        self.best.save_final(self.trainable.policy, tokenizer=tokenizer, step=self.step)
+        self.best.save_final(self.team.save_model, tokenizer=tokenizer, step=self.step)
 
     def checkpoint_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor of the state, by group and name. Live views: save them before the next step."""
-        trainable = self.trainable
-        groups = {
-            "policy": dict(trainable.policy.named_tensors()),
-            "policy_optimiser": trainable.policy_optimiser.state_tensors(),
-            "rng": {"update": self.rng.get_state()},
-        }
-        if trainable.critic is not None and trainable.critic_optimiser is not None:
-            groups["critic"] = dict(trainable.critic.named_tensors())
-            groups["critic_optimiser"] = trainable.critic_optimiser.state_tensors()
-        return groups
+        """Every tensor of the state, by group and name, as this rank holds it. Live views."""
+        return self.team.checkpoint_tensors()
 
     def _json_state(self) -> dict[str, Any]:
         return {
@@ -215,13 +190,7 @@ class LearnerState:
         self.kl = KlState.from_dict(saved["kl"])
         self.normaliser = ScoreNormaliser.from_dict(saved["normaliser"])
         self.best.from_state(saved["best"])
-        trainable, tensors = self.trainable, checkpoint.tensors
-        _copy_into(dict(trainable.policy.named_tensors()), tensors["policy"], what="policy")
-        trainable.policy_optimiser.load_state_tensors(tensors.get("policy_optimiser", {}))
-        if trainable.critic is not None and trainable.critic_optimiser is not None:
-            _copy_into(dict(trainable.critic.named_tensors()), tensors["critic"], what="critic")
-            trainable.critic_optimiser.load_state_tensors(tensors.get("critic_optimiser", {}))
-        self.rng.set_state(tensors["rng"]["update"])
+        self.team.load(checkpoint.path)
         log.info("resumed at step %d, version %d, beta %.4f", self.step, self.version, self.kl.beta)
         ledger = Ledger.from_state(
             saved["ledger"], task_deadline_s=self.settings.task_deadline_s, incarnation=self._incarnation
@@ -247,40 +216,3 @@ class LearnerState:
                 stall_timeout_s=settings.stall_timeout_s,
             ),
         )
-
-
-def _trainable(config: RunConfig, run_dir: Path, calibration: Calibration) -> Trainable:
-    settings = config.learner
-    device = torch.device("cuda" if settings.on_gpu else "cpu")
-    policy = Policy.load(
-        run_dir / "sft" / "model", gradient_checkpointing=settings.gradient_checkpointing, dtype=settings.dtype
-    ).to(device)
-    policy_optimiser = ScheduledAdamW(policy, section=settings.policy, total_steps=settings.steps)
-    if settings.advantages not in NEEDS_CRITIC:
-        return Trainable(policy=policy, policy_optimiser=policy_optimiser)
-    critic = Critic.load(
-        run_dir / "rm" / "member_0",
-        mean=calibration.mean,
-        std=calibration.std,
-        vocab_size=policy.vocab_size,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        dtype=settings.dtype,
-    ).to(device)
-    return Trainable(
-        policy=policy,
-        policy_optimiser=policy_optimiser,
-        critic=critic,
-        critic_optimiser=ScheduledAdamW(critic, section=settings.critic, total_steps=settings.steps),
-    )
-
-
-@torch.no_grad()
-def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, what: str) -> None:
-    if live.keys() != saved.keys() or any(live[name].shape != saved[name].shape for name in live):
-        raise CheckpointError(
-            f"the checkpoint's {what} does not fit the model",
-            got=f"{len(saved)} tensors for {len(live)}; first difference {sorted(live.keys() ^ saved.keys())[:3]}",
-            do="resume with the model that the checkpoint was written from",
-        )
-    for name, tensor in live.items():
-        tensor.copy_(saved[name])

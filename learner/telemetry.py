@@ -68,6 +68,7 @@ class Telemetry:
     def __init__(self, config: RunConfig, *, run_dir: Path, process: Process, state: LearnerState) -> None:
         self._process = process
         self._metrics = LearnerMetrics(process.registry)
+        self._metrics.ranks.set(config.learner.ranks)
         self._tokenizer = load_tokenizer(run_dir / "sft" / "model")
         self._gold: Callable[..., float] | None = (
             resolve(config.evaluation.gold, key="evaluation.gold") if config.evaluation.gold is not None else None
@@ -166,10 +167,13 @@ class Telemetry:
         metrics, counts, seen = self._metrics, state.intake.ledger.counts, self._seen.counts
         for name in (
             "kl_nats_per_sequence", "step_kl_nats_per_token", "beta", "entropy_nats_per_token", "clip_fraction",
-            "reward_mean", "reward_normalised_mean", "response_tokens_mean", "gold_mean", "step",
+            "reward_mean", "reward_std", "reward_normalised_mean", "response_tokens_mean", "truncated_fraction",
+            "kl_target_nats_per_sequence", "kl_cumulative_nats_per_sequence", "behaviour_gap_max_nats",
+            "gold_mean", "step",
         ):  # fmt: skip
-            if name in record:
+            if record.get(name) is not None:
                 getattr(metrics, name).set(record[name])
+        metrics.reward_z.set(record["proxy_z"])
         metrics.uncertainty_mean.set(record["reward_uncertainty_mean"])
         metrics.policy_version.set(state.version)
         for model in metrics.MODELS:
@@ -177,10 +181,13 @@ class Telemetry:
                 metrics.grad_norm[model].set(record[f"grad_norm_{model}"])
         metrics.samples_trained.inc(len(rollouts))
         metrics.tokens_trained.inc(record["tokens"])
+        metrics.samples_issued.inc(counts.issued - seen.issued)
+        metrics.samples_dead.inc(counts.dead - seen.dead)
         metrics.duplicates_dropped.inc(counts.duplicates - seen.duplicates)
         metrics.stale_dropped.inc(counts.stale_dropped - seen.stale_dropped)
         metrics.reissues.inc(counts.reissued - seen.reissued)
         metrics.step_seconds.observe(record["step_seconds"])
+        metrics.update_seconds.observe(record["update_seconds"])
         metrics.idle_seconds["wait_samples"].inc(record["idle_seconds"])
         metrics.weight_publish_seconds.observe(record["publish_seconds"])
         for age in self._ages(state, rollouts):

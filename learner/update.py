@@ -1,14 +1,15 @@
 """The PPO update: epochs of mini-batches over one batch of experience, each mini-batch one optimiser step.
 
-A mini-batch is cut into micro-batches that fit the token budget; every loss is divided by the mini-batch's own token
-count, so the cut changes neither loss nor gradient. Nothing that is not finite is ever stepped on.
+A mini-batch's rows are shared out to the ranks, and each rank's share is cut into micro-batches that fit the token
+budget. Every loss is divided by the whole mini-batch's token count, so neither changes loss or gradient. Every branch
+is taken on numbers summed over all ranks, so all ranks take the same. Nothing that is not finite is ever stepped on.
 Shapes: B sequences, T response tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -24,11 +25,14 @@ from learner.algo.losses import (
     token_mean,
 )
 from learner.algo.rewards import kl_k1, kl_k3
-from learner.batch import micro_batches, padding_share
 from learner.critic import Critic
-from learner.experience import Experience, overhead_tokens
+from learner.experience import Experience, share_of
 from learner.policy import Policy
+from learner.ranks import SOLO, Ranks
 from learner.schedule import ScheduledAdamW
+from learner.share import Share
+from learner.update_stats import UpdateStats as UpdateStats
+from learner.update_stats import UpdateSums
 
 _MOVEMENT_SHARE: Final = 4
 _MOVEMENT_MIN_ROWS: Final = 8
@@ -52,64 +56,36 @@ class Trainable:
 
 
 @dataclass(frozen=True)
-class UpdateStats:
-    """Plain numbers of one update, averaged over all tokens trained on unless they say otherwise."""
+class _Minibatch:
+    """What one optimiser step is taken on; this rank's share of it is worked on."""
 
-    policy_loss: float
-    value_loss: float | None
-    entropy_nats_per_token: float
-    clip_fraction: float
-    value_clip_fraction: float | None
-    ratio_mean: float
-    ratio_max: float
-    step_kl_nats_per_token: float
-    """KL(π_prox‖π_new) after the last step: k3, averaged over the tokens of a quarter of the batch."""
-    step_kl_nats_per_sequence: float
-    update_kl_k1_nats_per_token: float
-    update_kl_k3_nats_per_token: float
-    """The same movement, averaged over the update's mini-batches as they were trained on."""
-    grad_norm_policy: float
-    """Before clipping; mean over optimiser steps."""
-    grad_norm_critic: float | None
-    policy_steps: int
-    critic_steps: int
-    stopped_early: bool
-    micro_batches: int
-    padding_share: float
-    learning_rate: float
+    experience: Experience
+    share: Share
+    ranks: Ranks
+    tokens: float
+    """Of the whole mini-batch."""
 
-
-@dataclass
-class _Sums:
-    """Running sums over an update; means are taken once, at the end."""
-
-    tokens: float = 0.0
-    value_tokens: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    ratio_max: float = 0.0
-    policy_norms: list[float] = field(default_factory=list)
-    critic_norms: list[float] = field(default_factory=list)
-    padding: list[float] = field(default_factory=list)
-    micro_batches: int = 0
-    stopped_early: bool = False
-
-    def add(self, **sums: float) -> None:
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def mean(self, name: str, count: float) -> float | None:
-        return self.sums[name] / count if name in self.sums and count else None
+    def parts(self) -> Iterator[tuple[Experience, float]]:
+        """(micro-batch, its weight). The weight makes up for sharded models' gradients being averaged over ranks; it
+        is 0 for a micro-batch that only keeps step with the other ranks."""
+        for rows in self.share.slots:
+            yield self.experience.select(rows or self.share.idle_rows), float(self.ranks.size) if rows else 0.0
 
 
 def ppo_update(
-    experience: Experience, *, trainable: Trainable, settings: LearnerSection, rng: torch.Generator
+    experience: Experience,
+    *,
+    trainable: Trainable,
+    settings: LearnerSection,
+    rng: torch.Generator,
+    ranks: Ranks = SOLO,
 ) -> UpdateStats:
     """Train policy and critic on one batch: `epochs` × `minibatches` optimiser steps, at most.
 
     When a mini-batch shows that the policy is further than max_step_kl_nats_per_token (k3) from the proximal policy,
-    that mini-batch's policy gradient is discarded and the policy is done; the critic's regression goes on. `rng` (CPU)
-    orders the rows. Raises NonFiniteError, before any step is taken on it, when a loss or gradient is NaN or infinite;
-    the weights are then those of the last good step.
+    that mini-batch's policy gradient is discarded and the policy is done; the critic's regression goes on. `rng` (CPU,
+    in the same state on every rank) orders the rows. Raises NonFiniteError, before any step is taken on it, when a loss
+    or gradient is NaN or infinite; the weights are then those of the last good step.
     """
     if (experience.returns_BT is not None) != (trainable.critic is not None):
         raise ConfigError(
@@ -117,51 +93,62 @@ def ppo_update(
             got=f"returns {experience.returns_BT is not None}, critic {trainable.critic is not None}",
             do="give a critic exactly where learner.advantages is gae",
         )
-    sums = _Sums()
+    sums = UpdateSums()
     rows_total = len(experience.batch)
     for _ in range(settings.epochs):
         order = torch.randperm(rows_total, generator=rng)
         for chunk in order.tensor_split(min(settings.minibatches, rows_total)):
-            _train_on(experience.select(chunk.tolist()), trainable, settings, sums)
+            minibatch = _minibatch(experience.select(chunk.tolist()), settings, ranks)
+            sums.micro_batches += len(minibatch.share.slots)
+            sums.padding.append(minibatch.share.padding_share)
+            _train_on(minibatch, trainable, settings, sums)
     movement_rows = max(min(rows_total, _MOVEMENT_MIN_ROWS), rows_total // _MOVEMENT_SHARE)
     sample = torch.randperm(rows_total, generator=rng)[:movement_rows].tolist()
-    step_kl_token, step_kl_sequence = policy_movement(experience.select(sample), trainable.policy, settings=settings)
-    return _summary(sums, step_kl_token, step_kl_sequence, trainable.policy_optimiser.learning_rate)
+    step_kl_token, step_kl_sequence = policy_movement(
+        experience.select(sample), trainable.policy, settings=settings, ranks=ranks
+    )
+    return sums.summary(
+        step_kl_token=step_kl_token,
+        step_kl_sequence=step_kl_sequence,
+        learning_rate=trainable.policy_optimiser.learning_rate,
+    )
 
 
 @torch.no_grad()
-def policy_movement(experience: Experience, policy: Policy, *, settings: LearnerSection) -> tuple[float, float]:
+def policy_movement(
+    experience: Experience, policy: Policy, *, settings: LearnerSection, ranks: Ranks = SOLO
+) -> tuple[float, float]:
     """KL(π_prox‖π) in nats (per token, per sequence): k3 on the batch's tokens under the policy as it is now."""
-    batch = experience.batch
-    total = 0.0
-    for rows in micro_batches(
-        batch.sequence_tokens, token_budget=settings.token_budget, overhead_tokens=overhead_tokens(policy.device)
-    ):
-        part = experience.select(rows)
+    minibatch = _minibatch(experience, settings, ranks)
+    total = torch.zeros((), dtype=torch.float64, device=experience.prox_logprobs_BT.device)
+    for part, weight in minibatch.parts():
         logprobs_BT, _ = policy.response_logprobs(part.batch)
-        k3_BT = kl_k3(part.prox_logprobs_BT, other_logprobs_BT=logprobs_BT)
-        total += float((k3_BT * part.batch.mask_BT).sum())
-    return total / float(batch.mask_BT.sum()), total / len(batch)
+        if weight:
+            k3_BT = kl_k3(part.prox_logprobs_BT, other_logprobs_BT=logprobs_BT)
+            total += (k3_BT * part.batch.mask_BT).sum()
+    k3_sum = float(ranks.sum(total))
+    return k3_sum / minibatch.tokens, k3_sum / len(experience.batch)
 
 
-def _train_on(minibatch: Experience, trainable: Trainable, settings: LearnerSection, sums: _Sums) -> None:
-    """One optimiser step of each model, or of the critic alone once the policy has moved far enough."""
-    lengths = minibatch.batch.sequence_tokens
-    groups = micro_batches(
-        lengths, token_budget=settings.token_budget, overhead_tokens=overhead_tokens(trainable.policy.device)
+def _minibatch(experience: Experience, settings: LearnerSection, ranks: Ranks) -> _Minibatch:
+    return _Minibatch(
+        experience=experience,
+        share=share_of(experience.batch, settings=settings, ranks=ranks),
+        ranks=ranks,
+        tokens=float(experience.batch.response_tokens_B.sum()),
     )
-    sums.micro_batches += len(groups)
-    sums.padding.append(padding_share(lengths, groups=groups))
-    parts = [minibatch.select(rows) for rows in groups]
-    tokens = float(minibatch.batch.mask_BT.sum())
+
+
+def _train_on(minibatch: _Minibatch, trainable: Trainable, settings: LearnerSection, sums: UpdateSums) -> None:
+    """One optimiser step of each model, or of the critic alone once the policy has moved far enough."""
     step_policy, policy_norm = False, 0.0
     try:
         if not sums.stopped_early:
-            step_policy, policy_norm = _policy_gradient(parts, trainable, settings, sums)
+            step_policy, policy_norm = _policy_gradient(minibatch, trainable, settings, sums)
         critic_norm = None
         if trainable.critic is not None and trainable.critic_optimiser is not None:
-            critic_norm = _critic_gradient(parts, trainable.critic, trainable.critic_optimiser, settings, sums)
-            sums.value_tokens += tokens
+            critic_norm = _critic_gradient(minibatch, trainable.critic, trainable.critic_optimiser, settings, sums)
+            sums.value_tokens += minibatch.tokens
         if step_policy:
             trainable.policy_optimiser.step()
             sums.policy_norms.append(policy_norm)
@@ -174,36 +161,39 @@ def _train_on(minibatch: Experience, trainable: Trainable, settings: LearnerSect
             trainable.critic_optimiser.zero_grad()
 
 
+_POLICY_TERMS: Final = ("loss", "ratio", "clipped", "k1", "k3", "entropy")
+
+
 def _policy_gradient(
-    parts: Sequence[Experience], trainable: Trainable, settings: LearnerSection, sums: _Sums
+    minibatch: _Minibatch, trainable: Trainable, settings: LearnerSection, sums: UpdateSums
 ) -> tuple[bool, float]:
     """Accumulate the policy's gradient. (whether to step on it, its norm before clipping)."""
-    total_tokens = sum(float(part.batch.mask_BT.sum()) for part in parts)
-    measured: dict[str, Tensor] = {}
-    ratio_max = torch.zeros((), device=trainable.policy.device)
-    for part in parts:
-        loss, terms, part_ratio_max = _policy_loss(part, trainable.policy, settings, total_tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
-        ratio_max = torch.maximum(ratio_max, part_ratio_max)
-        for name, value in terms.items():
-            measured[name] = measured[name] + value if name in measured else value
-    totals = {name: float(value) for name, value in measured.items()}
-    _require_finite("policy loss", totals["loss"], parts)
-    sums.tokens += total_tokens
-    sums.ratio_max = max(sums.ratio_max, float(ratio_max))
+    device = minibatch.experience.prox_logprobs_BT.device
+    measured = torch.zeros(len(_POLICY_TERMS), dtype=torch.float64, device=device)
+    ratio_max = torch.zeros((), device=device)
+    for part, weight in minibatch.parts():
+        loss, terms, part_ratio_max = _policy_loss(part, trainable.policy, settings, minibatch.tokens)
+        (loss * weight).backward()  # type: ignore[no-untyped-call]
+        if weight:
+            ratio_max = torch.maximum(ratio_max, part_ratio_max)
+            measured += terms
+    totals = dict(zip(_POLICY_TERMS, minibatch.ranks.sum(measured).tolist(), strict=True))
+    _require_finite("policy loss", totals["loss"], minibatch)
+    sums.tokens += minibatch.tokens
+    sums.ratio_max = max(sums.ratio_max, float(minibatch.ranks.max(ratio_max)))
     sums.add(**totals)
-    if totals["k3"] / total_tokens > settings.max_step_kl_nats_per_token:
+    if totals["k3"] / minibatch.tokens > settings.max_step_kl_nats_per_token:
         sums.stopped_early = True
         return False, 0.0
     norm = float(trainable.policy_optimiser.clip())
-    _require_finite("policy gradient", norm, parts)
+    _require_finite("policy gradient", norm, minibatch)
     return True, norm
 
 
 def _policy_loss(
     part: Experience, policy: Policy, settings: LearnerSection, total_tokens: float
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(loss of this slice, sums over its tokens, largest ratio)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss of this slice, sums over its tokens in the order of _POLICY_TERMS, largest ratio)."""
     mask_BT = part.batch.mask_BT
     logprobs_BT, entropy_BT = policy.response_logprobs(part.batch, entropy_grad=settings.entropy_bonus > 0)
     ratio_BT = probability_ratio(logprobs_BT, prox_logprobs_BT=part.prox_logprobs_BT)
@@ -222,18 +212,16 @@ def _policy_loss(
             "k3": kl_k3(part.prox_logprobs_BT, other_logprobs_BT=logprobs_BT),
             "entropy": entropy_BT,
         }
-        terms = {name: (values_BT * mask_BT).sum() for name, values_BT in per_token.items()}
+        terms = torch.stack([(per_token[name] * mask_BT).sum() for name in _POLICY_TERMS])
         return loss, terms, (ratio_BT * mask_BT).max()
 
 
 def _critic_gradient(
-    parts: Sequence[Experience], critic: Critic, optimiser: ScheduledAdamW, settings: LearnerSection, sums: _Sums
+    minibatch: _Minibatch, critic: Critic, optimiser: ScheduledAdamW, settings: LearnerSection, sums: UpdateSums
 ) -> float:
     """Accumulate the critic's gradient; its norm before clipping."""
-    total_tokens = sum(float(part.batch.mask_BT.sum()) for part in parts)
-    loss_sum = torch.zeros((), device=critic.device)
-    clipped_sum = torch.zeros((), device=critic.device)
-    for part in parts:
+    measured = torch.zeros(2, dtype=torch.float64, device=minibatch.experience.prox_logprobs_BT.device)
+    for part, weight in minibatch.parts():
         if part.values_BT is None or part.returns_BT is None:
             raise ConfigError("a critic needs values and returns", do="use learner.advantages gae")
         mask_BT = part.batch.mask_BT
@@ -241,53 +229,23 @@ def _critic_gradient(
         loss_BT = clipped_value_loss(
             values_BT, old_values_BT=part.values_BT, returns_BT=part.returns_BT, value_clip=settings.value_clip
         )
-        loss = token_mean(loss_BT, mask_BT=mask_BT, total_tokens=total_tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            moved_BT = (values_BT - part.values_BT).abs() > settings.value_clip
-            loss_sum += (loss_BT * mask_BT).sum()
-            clipped_sum += (moved_BT * mask_BT).sum()
-    _require_finite("value loss", float(loss_sum), parts)
+        loss = token_mean(loss_BT, mask_BT=mask_BT, total_tokens=minibatch.tokens)
+        (loss * weight).backward()  # type: ignore[no-untyped-call]
+        if weight:
+            moved_BT = (values_BT.detach() - part.values_BT).abs() > settings.value_clip
+            measured += torch.stack([(loss_BT.detach() * mask_BT).sum(), (moved_BT * mask_BT).sum()])
+    value_loss, value_clipped = minibatch.ranks.sum(measured).tolist()
+    _require_finite("value loss", value_loss, minibatch)
     norm = float(optimiser.clip())
-    _require_finite("critic gradient", norm, parts)
-    sums.add(value_loss=float(loss_sum), value_clipped=float(clipped_sum))
+    _require_finite("critic gradient", norm, minibatch)
+    sums.add(value_loss=value_loss, value_clipped=value_clipped)
     return norm
 
 
-def _require_finite(what: str, value: float, parts: Sequence[Experience]) -> None:
+def _require_finite(what: str, value: float, minibatch: _Minibatch) -> None:
     if not torch.isfinite(torch.tensor(value)):
         raise NonFiniteError(
             f"the {what} is not finite",
-            got=f"{value} on {sum(len(part.batch) for part in parts)} rollouts; no step was taken on it",
+            got=f"{value} on {len(minibatch.experience.batch)} rollouts; no step was taken on it",
             do="roll back to the last checkpoint; lower the learning rate or learner.clip_epsilon",
         )
-
-
-def _summary(sums: _Sums, step_kl_token: float, step_kl_sequence: float, learning_rate: float) -> UpdateStats:
-    def policy_mean(name: str) -> float:
-        return sums.sums[name] / sums.tokens
-
-    def norm(norms: list[float]) -> float | None:
-        return sum(norms) / len(norms) if norms else None
-
-    return UpdateStats(
-        policy_loss=policy_mean("loss"),
-        value_loss=sums.mean("value_loss", sums.value_tokens),
-        entropy_nats_per_token=policy_mean("entropy"),
-        clip_fraction=policy_mean("clipped"),
-        value_clip_fraction=sums.mean("value_clipped", sums.value_tokens),
-        ratio_mean=policy_mean("ratio"),
-        ratio_max=sums.ratio_max,
-        step_kl_nats_per_token=step_kl_token,
-        step_kl_nats_per_sequence=step_kl_sequence,
-        update_kl_k1_nats_per_token=policy_mean("k1"),
-        update_kl_k3_nats_per_token=policy_mean("k3"),
-        grad_norm_policy=norm(sums.policy_norms) or 0.0,
-        grad_norm_critic=norm(sums.critic_norms),
-        policy_steps=len(sums.policy_norms),
-        critic_steps=len(sums.critic_norms),
-        stopped_early=sums.stopped_early,
-        micro_batches=sums.micro_batches,
-        padding_share=sum(sums.padding) / len(sums.padding),
-        learning_rate=learning_rate,
-    )

@@ -14,6 +14,7 @@ from actors.rollout_worker import RolloutWorker, WorkerSettings
 from cluster.records import PromptTask, Rollout, decode, encode, pack_ids
 from cluster.streams import Delivery, StreamName
 from cluster.streams_memory import MemoryStreams
+from cluster.turns import Turns
 from cluster.weights import MemoryWeightChannel, Probe, WeightBlob, pack
 
 EOS = 0
@@ -48,14 +49,24 @@ class Scene:
     """A worker with everything around it."""
 
     def __init__(
-        self, settings: WorkerSettings = SETTINGS, *, manual: bool = False, streams: MemoryStreams | None = None
+        self,
+        settings: WorkerSettings = SETTINGS,
+        *,
+        manual: bool = False,
+        streams: MemoryStreams | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.clock = Clock()
         self.streams = streams or MemoryStreams(lease_s=settings.lease_s, clock=self.clock)
         self.weights = MemoryWeightChannel()
         self.engine = ScriptedEngine(eos_id=EOS, answers=lambda request: ANSWER, manual=manual)
         self.worker = RolloutWorker(
-            self.streams, engine=self.engine, weights=self.weights, settings=settings, sleep=self.clock.sleep
+            self.streams,
+            engine=self.engine,
+            weights=self.weights,
+            settings=settings,
+            turns=turns,
+            sleep=self.clock.sleep,
         )
 
     @asynccontextmanager
@@ -66,7 +77,7 @@ class Scene:
         finally:
             self.worker.stop()
             self.engine.die("the test is over")
-            await asyncio.wait([run])
+            await asyncio.gather(run, return_exceptions=True)  # its error is the test's own doing, if there is one
             await self.engine.shutdown()
             assert len(asyncio.all_tasks()) == 1, "the worker left tasks behind"
 

@@ -1,4 +1,5 @@
-"""One contract for every WeightChannel: in memory, and over Ray's object store."""
+"""One contract for every WeightChannel: in memory, on a board in this process, over Ray's object store, and with
+broadcasts beside either board."""
 
 from __future__ import annotations
 
@@ -6,14 +7,18 @@ import asyncio
 import os
 import pickle
 from collections.abc import AsyncIterator, Iterator
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+from actors.engine import ScriptedEngine
 from cluster.errors import WeightSyncError
-from cluster.weights import MemoryWeightChannel, Probe, WeightBlob, WeightChannel, pack, unpack
+from cluster.weight_board_local import LocalBoardChannel
+from cluster.weight_group import GroupSettings
+from cluster.weights import AdapterInfo, MemoryWeightChannel, Probe, WeightBlob, WeightChannel, pack, unpack
+from cluster.weights_collective import BoardChannel, CollectiveWeightChannel
 from cluster.weights_ray import RayWeightChannel
 
 
@@ -28,15 +33,29 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(params=["memory", pytest.param("ray", marks=pytest.mark.slow)])
+KINDS = [
+    "memory",
+    "board",
+    "board-broadcast",
+    pytest.param("ray", marks=pytest.mark.slow),
+    pytest.param("ray-broadcast", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(params=KINDS)
 async def channel(request: pytest.FixtureRequest) -> AsyncIterator[WeightChannel]:
-    if request.param == "memory":
+    kind, _, broadcast = request.param.partition("-")
+    if kind == "memory":
         yield MemoryWeightChannel()
         return
-    request.getfixturevalue("local_ray")
-    over_ray = RayWeightChannel.create()
-    yield over_ray
-    over_ray.close()
+    if kind == "ray":
+        request.getfixturevalue("local_ray")
+    store: BoardChannel = RayWeightChannel.create() if kind == "ray" else LocalBoardChannel()
+    made: Any = store
+    if broadcast:
+        made = CollectiveWeightChannel(store, settings=GroupSettings(address="127.0.0.1", timeout_s=20))
+    yield made
+    await asyncio.to_thread(made.close)
 
 
 def blob(version: int) -> WeightBlob:
@@ -94,6 +113,21 @@ async def test_received_weights_are_read_only(channel: WeightChannel) -> None:
     got = await channel.latest()
     assert got is not None
     assert not got.buffer.flags.writeable
+
+
+async def test_a_feed_has_every_newest_version_and_the_adapter_s_description(channel: WeightChannel) -> None:
+    engine = ScriptedEngine()
+    feed = channel.feed("reader", engine)
+    info = AdapterInfo(rank=4, alpha=8.0, target_modules=("q_proj",))
+    adapter = pack(2, [("lora", torch.ones(3))], adapter=info)
+    assert await feed.next(-1, timeout_s=0.01) is None
+    for version, published in ((0, blob(0)), (2, adapter)):
+        await asyncio.to_thread(channel.publish, published)
+        update = await feed.next(version - 1, timeout_s=30)
+        assert isinstance(update, WeightBlob)
+        assert (update.version, update.adapter) == (version, published.adapter)
+    await feed.close()
+    await engine.shutdown()
 
 
 @pytest.mark.slow

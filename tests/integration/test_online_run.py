@@ -40,7 +40,7 @@ def scraped_run(prepared_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     adopt(prepared_run, runs_dir, name="scraped")
     run = start(runs_dir, "--resume", *settings(["learner.max_staleness=0"]), name="scraped")
     run.wait_for(lambda: bool(discovery_url(run)), what="service discovery")
-    run.wait_for(lambda: len(json.loads(http(discovery_url(run)))) >= 4, what="four Prometheus targets")
+    run.wait_for(lambda: len(json.loads(http(discovery_url(run)))) >= 5, what="five Prometheus targets")
     run.wait_for_step(2)
     samples: dict[str, dict[str, float]] = {}
     for group in json.loads(http(discovery_url(run))):
@@ -83,7 +83,7 @@ def test_beta_follows_the_controllers_formula(scraped_run: ScrapedRun) -> None:
 
 def test_every_role_serves_its_series(scraped_run: ScrapedRun) -> None:
     samples = scraped_run[1]
-    assert set(samples) == {"learner", "rollout", "reward", "driver"}
+    assert set(samples) == {"learner", "rollout", "reward", "driver", "ray"}
     assert samples["learner"]["keel_samples_trained_total"] >= BATCH
     assert {
         "keel_kl_nats_per_sequence", "keel_beta", "keel_entropy_nats_per_token", "keel_clip_fraction",

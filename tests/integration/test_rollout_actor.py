@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,40 @@ async def test_a_life_of_an_actor(tmp_path: Path) -> None:
 
         await actor.stop()
         await run
+        await actor.stop()
+        assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_drained_actor_s_run_ends_cleanly_and_its_server_has_no_lease_left(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path / "redis") as server:
+        spec = spec_for(tmp_path, redis_url=server.url)
+        rollout = RolloutSection(engine="scripted", generate_timeout_s=0.5)
+        spec = replace(spec, config=spec.config.model_copy(update={"rollout": rollout}))
+        actor = RolloutActor(spec)
+        await actor.start()
+        spec.channel.publish(pack(0, [("w", torch.zeros(1))]))
+        run = asyncio.create_task(actor.run())
+        waits_for_a_version = PromptTask(
+            task_id="t",
+            prompt_id="p",
+            group_id="g",
+            prompt_ids_i32=pack_ids([3]),
+            max_new_tokens=4,
+            temperature=1.0,
+            issued_version=1,
+        )
+        async with RunRedis(server.url, run="actor-test") as redis:
+            await redis.streams.publish(StreamName.PROMPTS, [encode(waits_for_a_version)])
+            async with asyncio.timeout(20):
+                while (await actor.status())["in_flight"] == 0:  # noqa: ASYNC110 - asked as a supervisor asks
+                    await asyncio.sleep(0.01)
+            assert await actor.drain() == 1
+            await run
+            status = await actor.status()
+            assert (status["in_flight"], status["running"]) == (0, False)
+            assert status["idle_s"] > 0
+            taken = await redis.streams.claim(StreamName.PROMPTS, consumer="other", max_count=1, wait_s=0.1)
+            assert [decode(delivery.payload, PromptTask) for delivery in taken] == [waits_for_a_version]
         await actor.stop()
         assert len(asyncio.all_tasks()) == 1
 

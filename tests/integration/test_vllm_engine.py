@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from actors.engine import Generation, GenerationRequest
-from actors.engine_vllm import VllmEngine, VllmSpec, engine_seed, model_eos_ids
-from cluster.errors import EngineDeadError, KeelError, ModelError, WeightSyncError
-from cluster.weights import UNSYNCED, pack
-from configs.run import RolloutSection
+from actors.engine_vllm import VllmEngine
+from actors.vllm_spec import VllmSpec, engine_options, engine_seed, lora_room, model_eos_ids
+from cluster.errors import ConfigError, EngineDeadError, KeelError, ModelError, WeightSyncError
+from cluster.weights import UNSYNCED, AdapterInfo, Probe, WeightBlob, pack
+from configs.run import LoraSection, RolloutSection
 from tests.actors_support import EOS, Reference, contained_vllm, save_tiny_llama
 
 TOLERANCE_NATS = 1e-4
@@ -29,10 +33,11 @@ def model(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def booted(model: Path, *, seed: int = 5, rollout: RolloutSection | None = None) -> AsyncIterator[VllmEngine]:
-    spec = VllmSpec(
-        model_path=str(model), rollout=rollout or RolloutSection(), max_sequence_tokens=MAX_TOKENS, seed=seed
-    )
+async def booted(
+    model: Path, *, seed: int = 5, rollout: RolloutSection | None = None, lora: LoraSection | None = None
+) -> AsyncIterator[VllmEngine]:
+    section = rollout or RolloutSection()
+    spec = VllmSpec(model_path=str(model), rollout=section, max_sequence_tokens=MAX_TOKENS, seed=seed, lora=lora)
     with contained_vllm():
         engine = await VllmEngine.start(spec)
         try:
@@ -135,7 +140,7 @@ async def test_a_missing_part_of_a_fused_parameter_is_refused(model: Path) -> No
 @pytest.mark.slow
 async def test_the_worker_refuses_a_partial_update_by_itself(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the model directory has no safetensors to compare with."""
-    monkeypatch.setattr("actors.engine_vllm._checkpoint_shapes", lambda path: None)
+    monkeypatch.setattr("actors.engine_vllm.checkpoint_shapes", lambda path: None)
     reference = Reference(model)
     named = [(name, tensor) for name, tensor in reference.model.named_parameters() if name != "model.norm.weight"]
     async with booted(model) as engine:
@@ -177,6 +182,97 @@ async def test_a_core_process_stands_in_for_a_thread_and_its_death_is_reported(
             await waiting
         with pytest.raises(EngineDeadError):
             await engine.check_health()
+
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA = LoraSection(rank=4, alpha=8.0, target_modules=TARGETS, broadcast="adapter")
+
+
+def with_adapter(model: Path, version: int) -> tuple[WeightBlob, Reference]:
+    """The adapter of a version as the learner sends it, and a reference with that adapter merged in."""
+    from peft import LoraConfig, get_peft_model
+
+    reference = Reference(model)
+    wrapped = get_peft_model(reference.model, LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS)))
+    generator, tensors = torch.Generator().manual_seed(version), []
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+            tensors.append((name.replace(".default", ""), parameter.data.clone()))
+    reference.model = wrapped.merge_and_unload()
+    ids = [3, 9, 27, 17, 51, 25]
+    probe = Probe(token_ids=np.array(ids, dtype=np.int32), logprobs=reference.logprobs(ids))
+    info = AdapterInfo(rank=4, alpha=8.0, target_modules=TARGETS)
+    return pack(version, tensors, probe=probe, adapter=info), reference
+
+
+@pytest.mark.slow
+async def test_an_adapter_alone_gives_the_merged_model_s_logprobs_in_mid_answer_too(model: Path) -> None:
+    pytest.importorskip("peft")
+    blobs, snapshots = {}, {UNSYNCED: Reference(model)}
+    for version in range(3):
+        blobs[version], snapshots[version] = with_adapter(model, version)
+    long_prompt = [2 + (7 * i) % 60 for i in range(200)]
+    async with booted(model, lora=LORA) as engine:
+        base = await engine.generate(ask("base", [3, 9, 27]))
+        assert worst_error_nats(snapshots, [3, 9, 27], base) < TOLERANCE_NATS
+        mixed = 0
+        for version in range(3):
+            running = {
+                i: asyncio.create_task(engine.generate(ask(f"v{version}-{i}", [3 + i, 9, 27], tokens=120)))
+                for i in range(8)
+            }
+            await engine.generate(ask(f"v{version}-warm", long_prompt, tokens=3))
+            await engine.load_weights(blobs[version])
+            for i, task in running.items():
+                answer = await task
+                mixed += len(answer.version_runs) > 1
+                assert worst_error_nats(snapshots, [3 + i, 9, 27], answer) < TOLERANCE_NATS
+            again = await engine.generate(ask(f"v{version}-again", long_prompt, temperature=0.7))
+            assert [run.version for run in again.version_runs] == [version]
+            assert worst_error_nats(snapshots, long_prompt, again, temperature=0.7) < TOLERANCE_NATS
+            probe = blobs[version].probe
+            assert probe is not None
+            assert np.abs(await engine.probe(probe.token_ids) - probe.logprobs).max() < TOLERANCE_NATS
+        assert mixed > 0, "no answer was caught in the middle by an update"
+        assert [name for name in os.listdir("/dev/shm") if name.startswith("keel-adapter-")] == []
+        with pytest.raises(WeightSyncError, match="a whole model"):
+            await engine.load_weights(snapshots[2].blob(9))
+
+
+def test_options_come_from_the_configuration() -> None:
+    def options(**settings: Any) -> dict[str, Any]:
+        lora = settings.pop("lora", None)
+        section = RolloutSection(**settings)
+        return engine_options(VllmSpec(model_path="m", rollout=section, max_sequence_tokens=64, seed=1, lora=lora))
+
+    plain = options()
+    assert (plain["tensor_parallel_size"], plain["enable_chunked_prefill"], plain["enable_prefix_caching"]) == (1, 1, 1)
+    assert "max_num_batched_tokens" not in plain
+    assert "enable_lora" not in plain
+    other = options(tensor_parallel_size=4, chunked_prefill=False, prefix_caching=False, max_batched_tokens=2048)
+    assert (other["tensor_parallel_size"], other["max_num_batched_tokens"]) == (4, 2048)
+    assert not other["enable_chunked_prefill"]
+    assert not other["enable_prefix_caching"]
+    assert options(lora=LORA)["max_lora_rank"] == 8
+    assert "enable_lora" not in options(lora=LoraSection(broadcast="merged"))
+    assert [lora_room(rank) for rank in (1, 2, 16, 17, 512)] == [1, 8, 16, 32, 512]
+    with pytest.raises(ConfigError, match="rank"):
+        lora_room(513)
+
+
+@pytest.mark.slow
+async def test_options_reach_vllm_and_change_no_logprob(model: Path) -> None:
+    snapshots = {0: trained(model, versions=1)}
+    section = RolloutSection(max_batched_tokens=64, prefix_caching=False, max_concurrent_requests=16)
+    long_prompt = [2 + (7 * i) % 60 for i in range(200)]  # enters in four pieces
+    async with booted(model, rollout=section) as engine:
+        config = engine._llm.vllm_config
+        assert config.scheduler_config.max_num_batched_tokens == 64
+        assert not config.cache_config.enable_prefix_caching
+        await engine.load_weights(snapshots[0].blob(0))
+        answer = await engine.generate(ask("a", long_prompt))
+        assert worst_error_nats(snapshots, long_prompt, answer) < TOLERANCE_NATS
 
 
 def test_every_life_of_every_actor_has_its_own_seed() -> None:

@@ -160,3 +160,21 @@ def test_a_stage_that_starts_again_counts_anew(tmp_path: Path) -> None:
 )
 def test_seconds_in_words(seconds: float | None, text: str) -> None:
     assert seconds_text(seconds) == text
+
+
+def test_what_happens_to_a_role_is_told_and_its_actors_are_counted(tmp_path: Path) -> None:
+    console, out = plain()
+    with Display(tmp_path, STAGES, console=console) as display:
+        role = {"t": 1, "role": "rollout"}
+        append(tmp_path / "progress.jsonl", role | {"event": "workers", "running": 1, "wanted": 3})
+        append(tmp_path / "progress.jsonl", role | {"event": "restart", "note": "rollout 0 died and is replaced"})
+        append(tmp_path / "metrics.jsonl", STEP)
+        display.refresh()
+        append(tmp_path / "progress.jsonl", role | {"event": "workers", "running": 3, "wanted": 3})
+        append(tmp_path / "metrics.jsonl", STEP | {"step": 3})
+        display.refresh()
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "[rollout] rollout 0 died and is replaced"
+    assert "actors 1 of 3 " in lines[1]
+    assert "actors 3 " in lines[2]
+    assert len(lines) == 3

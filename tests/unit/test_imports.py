@@ -25,10 +25,18 @@ ALLOWED: dict[str, frozenset[str]] = {
     "examples": frozenset({"configs", "cluster"}),
 }
 HEAVY: dict[str, frozenset[str]] = {
-    "vllm": frozenset({"actors/engine_vllm.py", "actors/vllm_worker.py", "actors/engine_core_thread.py"}),
+    "vllm": frozenset(
+        {
+            "actors/engine_vllm.py",
+            "actors/vllm_worker.py",
+            "actors/engine_core_thread.py",
+            "cluster/weights_nccl.py",  # both ends of vLLM's own NCCL weight transfer; imported inside functions
+        }
+    ),
     "redis": frozenset({"cluster/redis_client.py", "cluster/streams_redis.py"}),
     "trl": frozenset({"learner/sft.py", "reward_service/rm_train.py"}),
     "fastapi": frozenset({"reward_service/review_page.py"}),
+    "peft": frozenset({"learner/lora.py"}),
     "matplotlib": frozenset({"keel/plots.py"}),
 }
 """Library → the files that may import it."""

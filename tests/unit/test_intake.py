@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from cluster.errors import DeadlineError, StreamError
+from cluster.errors import StallError, StreamError
 from cluster.records import DeadLetter, PromptTask, decode, encode
 from cluster.streams import StreamName
 from cluster.streams_memory import MemoryStreams
@@ -129,7 +129,7 @@ async def test_overdue_tasks_are_issued_again_and_a_silent_service_ends_the_run(
     intake = make_intake(streams, clock)
     await intake.issue(step=0, version=0)
     clock.now_s += 100.0
-    with pytest.raises(DeadlineError, match="no rollout was scored for 50 s"):
+    with pytest.raises(StallError, match="no rollout was scored for 50 s"):
         await intake.take_batch(step=0, version=0, stop=asyncio.Event())
     assert [task.attempt for task in await issued(streams)] == [0, 0, 1, 1]
 

@@ -2,100 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from cluster.data import fit_data, prepare_data
 from cluster.errors import CheckpointError
-from cluster.records import PromptTask, Rollout, ScoredRollout, VersionRun, pack_floats, pack_ids
 from cluster.streams_memory import MemoryStreams
-from cluster.text import load_tokenizer
 from cluster.weights import MemoryWeightChannel
-from configs.load import load_config
 from configs.run import RunConfig
-from learner.model_init import make_model
 from learner.state import LearnerState
+from tests.run_support import prepare_run, random_rollouts, write_reward_model
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run directory as the offline stages leave it, with untrained models."""
-    runs_dir = tmp_path_factory.mktemp("runs")
-    config = load_config(
-        "demo_ci",
-        overrides=[
-            f"runs_dir={runs_dir}",
-            "data.world.sft_examples=200",
-            "learner.batch_size=8",
-            "checkpoint.keep_last=3",
-        ],
-    )
-    run_dir = config.run_dir
-    prepare_data(config, run_dir)
-    initial = make_model(config, run_dir)
-    fit_data(config, run_dir, tokenizer=load_tokenizer(initial.tokenizer_dir))
-    (run_dir / "sft").mkdir()
-    initial.model_dir.rename(run_dir / "sft" / "model")
-    write_reward_model(run_dir, version="rm-1")
-    return config
-
-
-def write_reward_model(run_dir: Path, *, version: str) -> None:
-    torch.manual_seed(0)
-    shape = AutoConfig.from_pretrained(run_dir / "sft" / "model", num_labels=1)
-    AutoModelForSequenceClassification.from_config(shape).save_pretrained(run_dir / "rm" / "member_0")
-    manifest = {"version": version, "calibration": {"mean": 0.1, "std": 0.5, "count": 100}}
-    (run_dir / "rm" / "manifest.json").write_text(json.dumps(manifest))
+    return prepare_run(tmp_path_factory.mktemp("runs"))
 
 
 def build(config: RunConfig) -> LearnerState:
     return LearnerState.build(config, run_dir=config.run_dir, streams=MemoryStreams(), channel=MemoryWeightChannel())
 
 
-def rollouts(*, seed: int, count: int = 8) -> list[ScoredRollout]:
-    """Answers of random tokens with random scores."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for number in range(count):
-        length = int(rng.integers(2, 12))
-        task = PromptTask(
-            task_id=f"t-{seed}-{number}",
-            prompt_id="p",
-            group_id=f"t-{seed}-{number}",
-            prompt_ids_i32=pack_ids(rng.integers(4, 60, size=4)),
-            max_new_tokens=12,
-            temperature=1.0,
-        )
-        rollout = Rollout(
-            task=task,
-            response_ids_i32=pack_ids(rng.integers(4, 60, size=length)),
-            behaviour_logprobs_f32=pack_floats(-rng.random(length) - 4.0),
-            version_runs=(VersionRun(0, 0),),
-            finish_reason="stop",
-            actor="a",
-            generate_s=0.1,
-        )
-        score = float(rng.normal())
-        made.append(
-            ScoredRollout(
-                rollout=rollout,
-                member_scores=(score,),
-                reward=score,
-                uncertainty=0.0,
-                ref_logprobs_f32=pack_floats(-rng.random(length) - 4.0),
-                rm_version="rm-1",
-            )
-        )
-    return made
-
-
 def step(state: LearnerState, *, seed: int) -> None:
-    experience = state.make_experience(rollouts(seed=seed))
+    experience = state.make_experience(random_rollouts(seed=seed))
     state.advance(experience, state.update(experience))
 
 

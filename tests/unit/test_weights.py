@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cluster.errors import WeightSyncError
-from cluster.weights import MemoryWeightChannel, Probe, WeightBlob, pack, unpack
+from cluster.weights import AdapterInfo, MemoryWeightChannel, Probe, WeightBlob, pack, unpack
 
 
 def blob(version: int) -> WeightBlob:
@@ -78,6 +78,13 @@ def test_a_blob_pickles() -> None:
     assert copy.probe.logprobs.tolist() == [-0.5]
     ((_, tensor),) = unpack(copy)
     assert tensor.tolist() == [2.0, 2.0]
+
+
+def test_a_blob_says_what_adapter_it_holds() -> None:
+    info = AdapterInfo(rank=8, alpha=16.0, target_modules=("q_proj", "v_proj"))
+    held = pack(3, [("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.ones(8, 4))], adapter=info)
+    assert pickle.loads(pickle.dumps(held)).adapter == info
+    assert blob(3).adapter is None
 
 
 def test_a_manifest_beyond_the_buffer_is_refused() -> None:

@@ -1,0 +1,93 @@
+"""A board within one process: the twin of cluster/weights_ray.py, for tests and for runs without Ray.
+
+Consumes and produces: as cluster/weight_board.py. Waits: as long as the board's method does. Who unblocks it: the
+board's event loop, in a thread of its own, so that any thread and any other loop may ask.
+Always holds: payloads are the publisher's own buffers; `close` ends the thread and every call that waits in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+from cluster.errors import DeadlineError, WeightSyncError
+from cluster.weight_board import Notice, WeightBoard
+from cluster.weight_group import GroupJoiner, WeightFeed
+from cluster.weights import StoreFeed, WeightBlob, check_newer
+
+
+class LocalBoardChannel:
+    """A cluster.weights_collective.BoardChannel."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="weight-board", daemon=True)
+        self._thread.start()
+        self._board = WeightBoard()
+        self._closed = False
+
+    def publish(self, blob: WeightBlob) -> None:
+        self.publish_to(blob, epoch=None)
+
+    def publish_to(self, blob: WeightBlob, *, epoch: int | None) -> bool:
+        """`publish`, and whether the group of `epoch` is offered the version."""
+        arguments = (blob.version, blob.manifest, blob.probe, blob.buffer, blob.adapter, epoch)
+        obstacle, offered = self.ask_now("publish", *arguments, timeout_s=30.0)
+        check_newer(blob.version, than_version=obstacle)
+        return bool(offered)
+
+    async def latest(self) -> WeightBlob | None:
+        notice = await self.ask("latest", timeout_s=0.0)
+        return None if notice is None else await self.fetch(notice)
+
+    async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
+        notice = await self.ask("wait_newer", than_version, timeout_s, timeout_s=timeout_s)
+        return None if notice is None else await self.fetch(notice)
+
+    def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
+        del name, joiner
+        return StoreFeed(self)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+
+        def end() -> None:
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.call_soon(self._loop.stop)
+
+        self._loop.call_soon_threadsafe(end)
+        self._thread.join()
+        self._loop.close()
+
+    async def ask(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        """Call a board's method that itself waits for `timeout_s` at most."""
+        del timeout_s
+        try:
+            return await asyncio.wrap_future(self._submit(method, arguments))
+        except CancelledError as error:
+            raise WeightSyncError("the weight board is gone", do="restart the run; it resumes") from error
+
+    def ask_now(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        """`ask`, for threads without an event loop."""
+        started_s = time.monotonic()
+        try:
+            return self._submit(method, arguments).result(timeout_s + 30.0)
+        except CancelledError as error:
+            raise WeightSyncError("the weight board is gone", do="restart the run; it resumes") from error
+        except TimeoutError as error:
+            waited_s = time.monotonic() - started_s
+            raise DeadlineError(f"the board's answer to {method} took too long", got=f"{waited_s:.0f} s") from error
+
+    async def fetch(self, notice: Notice) -> WeightBlob | None:
+        return notice.blob(notice.payload[0])
+
+    def _submit(self, method: str, arguments: tuple[Any, ...]) -> Future[Any]:
+        if self._closed:
+            raise WeightSyncError("the weight board is gone", do="restart the run; it resumes")
+        return asyncio.run_coroutine_threadsafe(getattr(self._board, method)(*arguments), self._loop)

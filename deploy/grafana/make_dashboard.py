@@ -1,0 +1,366 @@
+"""Writes keel.json beside it: the Grafana dashboard of Keel's runs (import it, or provision it as a file).
+
+`python deploy/grafana/make_dashboard.py` after a change here; a test says when the two differ. Every expression is
+limited to the runs chosen in the variable `run`; names that begin with `keel:` are the recording rules of
+deploy/prometheus/rules. Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+OUTPUT: Final = Path(__file__).with_name("keel.json")
+SCHEMA_VERSION: Final = 39
+COLUMNS: Final = 24
+SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
+RUN: Final = 'run=~"$run"'
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A diagram, or with `stat` the last value in large. Each of `series` is (expression, legend), where RUN stands for
+    the selector of the chosen runs."""
+
+    title: str
+    series: Sequence[tuple[str, str]]
+    unit: str = "short"
+    help: str = ""
+    limit: float | None = None
+    """A line at the value that an alert rule has."""
+    stat: bool = False
+    width: int = 8
+    height: int = 7
+    fraction: bool = False
+    """Values from 0 to 1."""
+
+
+def rate(name: str, *, by: str = "run", where: str = "") -> str:
+    return f"sum by ({by}) (rate({name}{{RUN{where}}}[$__rate_interval]))"
+
+
+def gauge(name: str, *, by: str = "run", where: str = "") -> str:
+    return f"max by ({by}) ({name}{{RUN{where}}})"
+
+
+def quantile(q: float, name: str, *, by: str = "run") -> str:
+    return f"histogram_quantile({q}, sum by ({by}, le) (rate({name}_bucket{{RUN}}[$__rate_interval])))"
+
+
+def mean(name: str, *, by: str = "run") -> str:
+    return f"{rate(f'{name}_sum', by=by)} / {rate(f'{name}_count', by=by)}"
+
+
+def spread(name: str, legend: str = "{{run}}", *, by: str = "run") -> list[tuple[str, str]]:
+    """Median and 95th percentile."""
+    return [(quantile(0.5, name, by=by), f"{legend} p50"), (quantile(0.95, name, by=by), f"{legend} p95")]
+
+
+def stat(title: str, expr: str, *, unit: str = "short", help: str = "") -> Panel:
+    return Panel(title, [(expr, "{{run}}")], unit=unit, help=help, stat=True, width=4, height=4)
+
+
+OVERVIEW: Final = [
+    stat("Step", gauge("keel_step")),
+    stat("Samples trained /s", "keel:samples_trained:rate5m{RUN}", unit="ops"),
+    stat("Reward, z", gauge("keel_reward_z"), help="Against the starting policy's scores, in standard deviations"),
+    stat("KL, nats per answer", gauge("keel_kl_nats_per_sequence")),
+    stat("Learner idle", "keel:learner_idle:ratio5m{RUN}", unit="percentunit", help="Share of time without samples"),
+    stat("Targets down", "count by (run) (up{RUN} == 0) or 0 * count by (run) (up{RUN})"),
+    Panel("Samples per second, by stage", [
+        ("keel:rollout_samples:rate5m{RUN}", "{{run}} generated"),
+        ("keel:reward_samples:rate5m{RUN}", "{{run}} scored"),
+        ("keel:samples_trained:rate5m{RUN}", "{{run}} trained"),
+    ], unit="ops", width=12),
+    Panel("Alerts firing", [('sum by (run, alertname) (ALERTS{RUN, alertstate="firing"})', "{{run}} {{alertname}}")],
+          width=12),
+]  # fmt: skip
+
+ROLLOUT: Final = [
+    Panel("Tokens per second", [(rate("keel_rollout_tokens_total", by="run, instance"), "{{run}} {{instance}}")]),
+    Panel("Requests in the engine", [
+        (gauge("keel_rollout_running_requests", by="run, instance"), "{{run}} {{instance}}"),
+    ]),
+    Panel("From claim to answer", spread("keel_rollout_generate_seconds"), unit="s"),
+    Panel("Answer length, tokens", spread("keel_rollout_response_tokens")),
+    Panel("Answers cut at their limit", [
+        (f"{rate('keel_rollout_truncated_total')} / {rate('keel_rollout_samples_total')}", "{{run}}"),
+    ], unit="percentunit", fraction=True),
+    Panel("vLLM: tokens per second", [
+        (rate("vllm:generation_tokens_total"), "{{run}} generated"),
+        (rate("vllm:prompt_tokens_total"), "{{run}} prompt"),
+    ]),
+    Panel("vLLM: running and waiting requests", [
+        ("sum by (run) (vllm:num_requests_running{RUN})", "{{run}} running"),
+        ("sum by (run) (vllm:num_requests_waiting{RUN})", "{{run}} waiting"),
+    ]),
+    Panel("vLLM: KV cache in use", [(gauge("vllm:kv_cache_usage_perc", by="run, instance"), "{{run}} {{instance}}")],
+          unit="percentunit", fraction=True),
+    Panel("vLLM: prefix cache hits", [
+        (f"{rate('vllm:prefix_cache_hits_total')} / {rate('vllm:prefix_cache_queries_total')}", "{{run}}"),
+    ], unit="percentunit", fraction=True),
+    Panel("vLLM: time to first token", spread("vllm:time_to_first_token_seconds"), unit="s"),
+    Panel("vLLM: time between tokens", spread("vllm:inter_token_latency_seconds"), unit="s"),
+    Panel("vLLM: preemptions per second", [(rate("vllm:num_preemptions_total"), "{{run}}")]),
+]  # fmt: skip
+
+QUEUES: Final = [
+    Panel("Not claimed", [(gauge("keel_queue_depth", by="run, stream"), "{{run}} {{stream}}")]),
+    Panel("Claimed, not finished", [(gauge("keel_queue_in_flight", by="run, stream"), "{{run}} {{stream}}")]),
+    Panel("Oldest entry", [
+        (gauge("keel_queue_oldest_seconds", by="run, stream", where=', stream!="dead"'), "{{run}} {{stream}}"),
+    ], unit="s", limit=300),
+    Panel("Handed out again", [(rate("keel_redeliveries_total", by="run, stage"), "{{run}} {{stage}}")], unit="ops"),
+    Panel("Given up, lost leases", [
+        (rate("keel_dead_letters_total", by="run, stage"), "{{run}} {{stage}} given up"),
+        (rate("keel_lost_leases_total", by="run, stage"), "{{run}} {{stage}} lost lease"),
+    ], unit="ops"),
+    Panel("Issued, issued again, dropped", [
+        (rate("keel_samples_issued_total"), "{{run}} issued"),
+        (rate("keel_task_reissues_total"), "{{run}} issued again"),
+        (rate("keel_stale_dropped_total"), "{{run}} too old"),
+        (rate("keel_samples_dead_total"), "{{run}} given up"),
+        (rate("keel_duplicates_dropped_total"), "{{run}} second result"),
+    ], unit="ops"),
+]  # fmt: skip
+
+REWARD: Final = [
+    Panel("Scored per second", [(rate("keel_reward_samples_total", by="run, instance"), "{{run}} {{instance}}")],
+          unit="ops"),
+    Panel("Tokens scored per second", [(rate("keel_reward_tokens_total"), "{{run}}")]),
+    Panel("Forward passes of a batch", spread("keel_reward_score_seconds"), unit="s"),
+    Panel("Rollouts in a batch", [(mean("keel_reward_batch_size"), "{{run}} mean")]),
+    Panel("Found in a cache", [
+        (f"{rate('keel_reward_cache_hits_total', by='run, layer')} / on (run) group_left () "
+         f"({rate('keel_reward_cache_hits_total')} + {rate('keel_reward_cache_misses_total')})", "{{run}} {{layer}}"),
+    ], unit="percentunit", fraction=True),
+    Panel("Not to be scored", [(rate("keel_reward_failures_total"), "{{run}}")], unit="ops"),
+]  # fmt: skip
+
+LEARNER: Final = [
+    Panel("Reward", [
+        (gauge("keel_reward_mean"), "{{run}} reward model"),
+        (gauge("keel_gold_mean"), "{{run}} gold"),
+        (gauge("keel_reward_normalised_mean"), "{{run}} as trained on"),
+    ]),
+    Panel("Reward, z against the start", [(gauge("keel_reward_z"), "{{run}}")], limit=3),
+    Panel("Spread of the reward", [
+        (gauge("keel_reward_std"), "{{run}} over the batch"),
+        (gauge("keel_reward_uncertainty_mean"), "{{run}} over the ensemble"),
+    ]),
+    Panel("KL to the reference, nats per answer", [
+        (gauge("keel_kl_nats_per_sequence"), "{{run}}"),
+        (gauge("keel_kl_target_nats_per_sequence"), "{{run}} target"),
+    ], limit=10),
+    Panel("β", [(gauge("keel_beta"), "{{run}}")]),
+    Panel("Movement of the policy, nats", [
+        (gauge("keel_step_kl_nats_per_token"), "{{run}} of a step, per token"),
+        (gauge("keel_kl_cumulative_nats_per_sequence"), "{{run}} in all, per answer"),
+    ]),
+    Panel("Entropy, nats per token", [(gauge("keel_entropy_nats_per_token"), "{{run}}")], limit=0.1),
+    Panel("Tokens clipped", [(gauge("keel_clip_fraction"), "{{run}}")], unit="percentunit", fraction=True),
+    Panel("Gradient norm before clipping", [(gauge("keel_grad_norm", by="run, model"), "{{run}} {{model}}")]),
+    Panel("Answer length", [(gauge("keel_response_tokens_mean"), "{{run}} tokens")]),
+    Panel("Answers cut at their limit", [(gauge("keel_truncated_fraction"), "{{run}}")], unit="percentunit",
+          fraction=True),
+    Panel("Engine against learner, nats", [(gauge("keel_behaviour_gap_max_nats"), "{{run}}")],
+          help="Largest difference of a token's log-probability; staleness and arithmetic together"),
+    Panel("Where a step's time goes", [
+        (mean("keel_step_seconds"), "{{run}} step"),
+        (mean("keel_update_seconds"), "{{run}} update"),
+        (mean("keel_weight_publish_seconds"), "{{run}} publish"),
+    ], unit="s"),
+    Panel("Idle, by phase", [(rate("keel_idle_seconds_total", by="run, phase"), "{{run}} {{phase}}")],
+          unit="percentunit", fraction=True),
+    Panel("Tokens trained per second", [("keel:tokens_trained:rate5m{RUN}", "{{run}}")]),
+]  # fmt: skip
+
+WEIGHTS: Final = [
+    Panel("From notice to use", spread("keel_weight_sync_seconds", "{{run}} {{transport}}", by="run, transport"),
+          unit="s"),
+    Panel("Loaded by engines", [("keel:weight_sync_bytes:rate5m{RUN}", "{{run}} {{transport}}")], unit="Bps"),
+    Panel("Handed over by the learner", [
+        (rate("keel_weight_publish_bytes_total", by="run, transport"), "{{run}} {{transport}}"),
+    ], unit="Bps"),
+    Panel("Failures per second", [
+        (rate("keel_weight_sync_failures_total", by="run, transport"), "{{run}} {{transport}} load"),
+        (rate("keel_weight_publish_failures_total", by="run, transport"), "{{run}} {{transport}} publish"),
+    ], unit="ops"),
+    Panel("Versions in use", [
+        (gauge("keel_policy_version", by="run, role, instance", where=', role="learner"'), "{{run}} learner"),
+        (gauge("keel_policy_version", by="run, role, instance", where=', role="rollout"'), "{{run}} {{instance}}"),
+    ]),
+    Panel("Age of trained samples, versions", [("keel:staleness_versions:mean5m{RUN}", "{{run}} mean")]),
+]  # fmt: skip
+
+CLUSTER: Final = [
+    Panel("Workers running and wanted", [
+        (gauge("keel_workers", by="run, worker", where=', state="running"'), "{{run}} {{worker}} running"),
+        (gauge("keel_workers_wanted", by="run, worker"), "{{run}} {{worker}} wanted"),
+    ]),
+    Panel("Workers in other states", [
+        (gauge("keel_workers", by="run, worker, state", where=', state!="running"') + " > 0",
+         "{{run}} {{worker}} {{state}}"),
+    ]),
+    Panel("Restarts", [
+        ("sum by (run, worker) (increase(keel_worker_restarts_total{RUN}[$__rate_interval]))", "{{run}} {{worker}}"),
+    ]),
+    Panel("Autoscaler's decisions", [
+        ("sum by (run, decision) (increase(keel_autoscale_decisions_total{RUN}[$__rate_interval]))",
+         "{{run}} {{decision}}"),
+    ]),
+    Panel("Nodes, learner's ranks", [
+        (gauge("keel_nodes_alive"), "{{run}} nodes"),
+        (gauge("keel_learner_ranks"), "{{run}} ranks"),
+    ]),
+    Panel("Scrape targets up", [("sum by (run, role) (up{RUN})", "{{run}} {{role}}")]),
+    Panel("CPU per trained sample, by role", [
+        ("keel:cpu_seconds_per_sample:ratio5m{RUN}", "{{run}} {{role}}"),
+    ], unit="s"),
+    Panel("Memory of each process", [
+        (gauge("process_resident_memory_bytes", by="run, role, instance"), "{{run}} {{role}} {{instance}}"),
+    ], unit="bytes"),
+    Panel("Errors of the queue server, seen by the driver", [(rate("keel_stream_errors_total"), "{{run}}")],
+          unit="ops"),
+    Panel("Ray: CPU of each node", [(gauge("ray_node_cpu_utilization", by="run, node"), "{{run}} {{node}}")],
+          unit="percent"),
+    Panel("Ray: memory of each node", [
+        (f"{gauge('ray_node_mem_used', by='run, node')} / {gauge('ray_node_mem_total', by='run, node')}",
+         "{{run}} {{node}}"),
+    ], unit="percentunit", fraction=True),
+    Panel("Ray: object store of each node", [
+        ("sum by (run, node) (ray_object_store_used_memory{RUN})", "{{run}} {{node}}"),
+    ], unit="bytes"),
+    Panel("Ray: GPUs of each node", [
+        ("avg by (run, node, GpuIndex) (ray_node_gpus_utilization{RUN})", "{{run}} {{node}} {{GpuIndex}}"),
+    ], unit="percent"),
+]  # fmt: skip
+
+ROWS: Final = {
+    "Overview": OVERVIEW,
+    "Rollout": ROLLOUT,
+    "Queues": QUEUES,
+    "Reward service": REWARD,
+    "Learner": LEARNER,
+    "Weights": WEIGHTS,
+    "Cluster": CLUSTER,
+}
+
+
+def dashboard() -> dict[str, Any]:
+    return {
+        "uid": "keel-runs",
+        "title": "Keel runs",
+        "tags": ["keel"],
+        "schemaVersion": SCHEMA_VERSION,
+        "version": 1,
+        "editable": True,
+        "graphTooltip": 1,
+        "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"},
+        "timezone": "browser",
+        "annotations": {"list": []},
+        "links": [],
+        "templating": {"list": _variables()},
+        "panels": _panels(),
+    }
+
+
+def _variables() -> list[dict[str, Any]]:
+    source = {
+        "name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus", "refresh": 1,
+        "hide": 0, "multi": False, "includeAll": False, "options": [], "current": {},
+    }  # fmt: skip
+    query = 'label_values(up{run!=""}, run)'
+    run = {
+        "name": "run", "label": "Run", "type": "query", "datasource": SOURCE, "definition": query,
+        "query": {"query": query, "refId": "run"}, "refresh": 2, "sort": 1, "hide": 0, "multi": True,
+        "includeAll": True, "allValue": ".+", "options": [], "current": {"text": ["All"], "value": ["$__all"]},
+    }  # fmt: skip
+    return [source, run]
+
+
+def _panels() -> list[dict[str, Any]]:
+    """Rows one under another; in a row, panels from left to right, with a new line where the next one does not fit."""
+    made: list[dict[str, Any]] = []
+    y = 0
+    for title, panels in ROWS.items():
+        made.append({
+            "id": len(made) + 1, "type": "row", "title": title, "collapsed": False, "panels": [],
+            "gridPos": {"x": 0, "y": y, "w": COLUMNS, "h": 1},
+        })  # fmt: skip
+        x, y, line = 0, y + 1, 0
+        for panel in panels:
+            if x + panel.width > COLUMNS:
+                x, y, line = 0, y + line, 0
+            position = {"x": x, "y": y, "w": panel.width, "h": panel.height}
+            made.append(_panel(panel, number=len(made) + 1, position=position))
+            x, line = x + panel.width, max(line, panel.height)
+        y += line
+    return made
+
+
+def _panel(panel: Panel, *, number: int, position: dict[str, int]) -> dict[str, Any]:
+    return {
+        "id": number,
+        "type": "stat" if panel.stat else "timeseries",
+        "title": panel.title,
+        "description": panel.help,
+        "datasource": SOURCE,
+        "gridPos": position,
+        "targets": [
+            {
+                "refId": chr(ord("A") + index),
+                "datasource": SOURCE,
+                "expr": expr.replace("RUN", RUN),
+                "legendFormat": legend,
+                "instant": panel.stat,
+                "range": not panel.stat,
+            }
+            for index, (expr, legend) in enumerate(panel.series)
+        ],
+        "fieldConfig": {"defaults": _field_defaults(panel), "overrides": []},
+        "options": _stat_options() if panel.stat else _graph_options(),
+    }
+
+
+def _field_defaults(panel: Panel) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
+    defaults: dict[str, Any] = {"unit": panel.unit, "thresholds": {"mode": "absolute", "steps": steps}}
+    if panel.stat:
+        return defaults
+    custom: dict[str, Any] = {"drawStyle": "line", "lineWidth": 1, "fillOpacity": 5, "showPoints": "never"}
+    if panel.limit is not None:
+        steps.append({"color": "red", "value": panel.limit})
+        custom["thresholdsStyle"] = {"mode": "line"}
+    if panel.fraction:
+        defaults |= {"min": 0, "max": 1}
+    return defaults | {"color": {"mode": "palette-classic"}, "custom": custom}
+
+
+def _graph_options() -> dict[str, Any]:
+    return {
+        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+        "tooltip": {"mode": "multi", "sort": "desc"},
+    }
+
+
+def _stat_options() -> dict[str, Any]:
+    return {
+        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+        "colorMode": "none",
+        "graphMode": "none",
+        "textMode": "auto",
+        "orientation": "auto",
+    }
+
+
+def rendered() -> str:
+    return json.dumps(dashboard(), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    OUTPUT.write_text(rendered(), encoding="utf-8")

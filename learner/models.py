@@ -1,0 +1,99 @@
+"""The models that a run's learner trains, from the directories that the offline stages left; whole or sharded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from configs.run import LearnerSection, RunConfig
+from learner.algo.advantages import NEEDS_CRITIC
+from learner.critic import Critic
+from learner.policy import Policy
+from learner.ranks import Ranks
+from learner.schedule import ScheduledAdamW
+from learner.sharding import hollow_model, shard
+from learner.update import Trainable
+
+_M = TypeVar("_M", Policy, Critic)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Mean and standard deviation of the reward model's raw scores on the answers it was trained from."""
+
+    rm_version: str
+    mean: float
+    std: float
+    count: int
+
+    @classmethod
+    def read(cls, rm_dir: Path) -> Calibration:
+        manifest = json.loads((rm_dir / "manifest.json").read_text())
+        numbers = manifest["calibration"]
+        return cls(manifest["version"], numbers["mean"], numbers["std"], numbers["count"])
+
+
+def load_trainable(config: RunConfig, *, run_dir: Path, ranks: Ranks) -> Trainable:
+    """Policy from sft/model, critic from rm/member_0, and new optimisers. With a mesh, every rank calls it together.
+    Raises ModelError."""
+    settings = config.learner
+    policy = _policy(config, run_dir, ranks)
+    policy_optimiser = ScheduledAdamW(policy, section=settings.policy, total_steps=settings.steps)
+    if settings.advantages not in NEEDS_CRITIC:
+        return Trainable(policy=policy, policy_optimiser=policy_optimiser)
+    critic = _critic(config, run_dir, ranks, vocab_size=policy.vocab_size)
+    return Trainable(
+        policy=policy,
+        policy_optimiser=policy_optimiser,
+        critic=critic,
+        critic_optimiser=ScheduledAdamW(critic, section=settings.critic, total_steps=settings.steps),
+    )
+
+
+def learner_device(config: RunConfig) -> torch.device:
+    """Ray shows a rank its own GPU alone, as the first."""
+    return torch.device("cuda", 0) if config.learner.on_gpu else torch.device("cpu")
+
+
+def _policy(config: RunConfig, run_dir: Path, ranks: Ranks) -> Policy:
+    settings, path = config.learner, run_dir / "sft" / "model"
+    options = _options(settings) | {"lora": settings.lora}
+    if ranks.rank == 0:
+        policy = Policy.load(path, **options)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        policy = Policy(hollow_model(AutoModelForCausalLM, path), **options)
+    return _placed(policy, config, ranks)
+
+
+def _critic(config: RunConfig, run_dir: Path, ranks: Ranks, *, vocab_size: int) -> Critic:
+    path, calibration = run_dir / "rm" / "member_0", Calibration.read(run_dir / "rm")
+    options = _options(config.learner) | {"mean": calibration.mean, "std": calibration.std}
+    if ranks.rank == 0:
+        critic = Critic.load(path, vocab_size=vocab_size, **options)
+    else:
+        from transformers import AutoModelForSequenceClassification
+
+        critic = Critic(hollow_model(AutoModelForSequenceClassification, path, num_labels=1), **options)
+    return _placed(critic, config, ranks)
+
+
+def _options(settings: LearnerSection) -> dict[str, Any]:
+    return {
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "dtype": settings.dtype,
+        "sequence_packing": settings.sequence_packing == "auto",
+    }
+
+
+def _placed(model: _M, config: RunConfig, ranks: Ranks) -> _M:
+    """Sharded over the ranks, or whole on this one's device."""
+    if ranks.mesh is None:
+        return model.to(learner_device(config))
+    shard(model, ranks=ranks, dtype=config.learner.dtype, offload=config.learner.optimizer_offload)
+    return model

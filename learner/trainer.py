@@ -1,0 +1,137 @@
+"""What every rank of the learner has: the models, their optimisers and the update's random state, and what is done with
+them. With several ranks, all call the same methods in the same order; results are the same on every rank.
+
+Shapes: B sequences, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from cluster.checkpoint_tensors import read_tensors, saved_groups, write_tensors
+from cluster.records import ScoredRollout
+from cluster.weights import AdapterInfo
+from configs.run import RunConfig
+from learner.batch import TrainBatch, train_batch
+from learner.experience import Experience, make_experience
+from learner.models import load_trainable
+from learner.ranks import Ranks
+from learner.sharding import compute_device, whole_tensor
+from learner.update import Trainable, UpdateStats, ppo_update
+
+_PROBE_PROMPT_TOKENS: Final = 1
+
+
+class Trainer:
+    """One a rank."""
+
+    def __init__(self, config: RunConfig, *, run_dir: Path, ranks: Ranks) -> None:
+        """Loads the models as the offline stages left them. Raises ModelError."""
+        self.ranks = ranks
+        self._settings = config.learner
+        self._trainable: Trainable = load_trainable(config, run_dir=run_dir, ranks=ranks)
+        self._rng = torch.Generator().manual_seed(config.seed)
+        """Orders the update's rows: in the same state on every rank."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self._trainable.policy.vocab_size
+
+    @property
+    def adapter_info(self) -> AdapterInfo | None:
+        """What `weights` are an adapter for; None when they are whole weights."""
+        return self._trainable.policy.adapter_info
+
+    def make_experience(self, rollouts: Sequence[ScoredRollout], *, scores_B: Tensor, beta: float) -> Experience:
+        """Rewards, values and advantages of a batch with these normalised scores."""
+        return make_experience(
+            train_batch(rollouts),
+            policy=self._trainable.policy,
+            critic=self._trainable.critic,
+            scores_B=scores_B,
+            beta=beta,
+            settings=self._settings,
+            ranks=self.ranks,
+        )
+
+    def update(self, experience: Experience, *, step: int) -> UpdateStats:
+        """Train policy and critic on it, at the learning rates of `step`."""
+        self._trainable.set_step(step)
+        return ppo_update(
+            experience, trainable=self._trainable, settings=self._settings, rng=self._rng, ranks=self.ranks
+        )
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights under their Hugging Face names, whole, gathered one by one as they are asked for. Every
+        rank must take them all."""
+        for name, tensor in self._trainable.policy.named_tensors():
+            yield name, whole_tensor(tensor)
+
+    @torch.no_grad()
+    def probe_logprobs(self, token_ids: Tensor) -> Tensor:
+        """[L] ids → [L − 1] log-probability of each token after the first, at temperature 1, float32 on the CPU."""
+        policy = self._trainable.policy
+        logprobs_BT, _ = policy.response_logprobs(_probe_batch(token_ids).to(compute_device(policy)))
+        return logprobs_BT[0].float().cpu()
+
+    def save_model(self, directory: Path) -> None:
+        """Rank 0 writes the policy as a Hugging Face directory; the others lend their shards."""
+        self._trainable.policy.save_pretrained(directory if self.ranks.rank == 0 else None)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's shards of everything that a resumed run needs. Raises OSError."""
+        write_tensors(directory, self.checkpoint_tensors(), collective=self.ranks.mesh is not None)
+
+    def load(self, directory: Path) -> None:
+        """Take over what any number of ranks saved. Raises CheckpointError."""
+        saved = saved_groups(directory)
+        trainable = self._trainable
+        if "policy_optimiser" in saved:
+            trainable.policy_optimiser.allocate_state()
+        if "critic_optimiser" in saved and trainable.critic_optimiser is not None:
+            trainable.critic_optimiser.allocate_state()
+        tensors = self.checkpoint_tensors()
+        read_tensors(directory, tensors, collective=self.ranks.mesh is not None)
+        self._rng.set_state(tensors["rng"]["update"])
+
+    def checkpoint_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor of the state, by group and name, as this rank holds it. Live views: save them before the next
+        step. Frozen weights are not among them: they are as they were loaded."""
+        trainable = self._trainable
+        groups = {
+            "policy": trainable.policy.checkpoint_tensors(),
+            "policy_optimiser": trainable.policy_optimiser.state_tensors(),
+            "rng": {"update": self._rng.get_state()},
+        }
+        if trainable.critic is not None and trainable.critic_optimiser is not None:
+            groups["critic"] = dict(trainable.critic.named_tensors())
+            groups["critic_optimiser"] = trainable.critic_optimiser.state_tensors()
+        return groups
+
+
+def _probe_batch(token_ids: Tensor) -> TrainBatch:
+    """One sequence as a batch, all but its first token as the answer. What only training reads is zero."""
+    ids_BL, answer_BT = token_ids[None], token_ids[None, _PROBE_PROMPT_TOKENS:]
+    zeros_BT, zeros_B = torch.zeros(answer_BT.shape), torch.zeros(1)
+    return TrainBatch(
+        sequence_ids_BL=ids_BL,
+        response_ids_BT=answer_BT,
+        behaviour_logprobs_BT=zeros_BT,
+        ref_logprobs_BT=zeros_BT,
+        prompt_tokens_B=torch.tensor([_PROBE_PROMPT_TOKENS]),
+        response_tokens_B=torch.tensor([answer_BT.shape[1]]),
+        truncated_B=torch.tensor([False]),
+        temperature_B=torch.ones(1),
+        score_B=zeros_B.double(),
+        group_B=torch.tensor([0]),
+        oldest_version_B=torch.tensor([0]),
+        task_ids=("probe",),
+        rm_versions=("",),
+    )

