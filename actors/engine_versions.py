@@ -22,7 +22,7 @@ from actors.engine import Engine, SyncTimings
 from actors.rollout_meter import RolloutMeter
 from cluster.errors import DeadlineError, KeelError, WeightSyncError
 from cluster.weight_group import GroupBrokenError, GroupUpdate, WeightFeed
-from cluster.weights import WeightBlob, WeightChannel
+from cluster.weights import Transport, WeightBlob, WeightChannel
 
 _log = logging.getLogger(__name__)
 
@@ -106,17 +106,19 @@ class EngineVersions:
         """Load a version, and the first time that one comes in this way compare the probe. For `follow`, and in its
         place while it is not running. Raises WeightSyncError."""
         started_s = time.perf_counter()
+        transport: Transport = "collective" if isinstance(update, GroupUpdate) else "object_store"
         try:
             async with self._awake():
                 timings = await self._take(update)
         except WeightSyncError:
-            self._meter.sync_failed()
+            self._meter.sync_failed(transport)
             raise
         self._meter.synced(
             update.version,
             timings=timings,
             seconds=time.perf_counter() - started_s,
-            by_group=isinstance(update, GroupUpdate),
+            size_bytes=update.size_bytes,
+            transport=transport,
         )
         async with self._changed:
             self._ready = update.version

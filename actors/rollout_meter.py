@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from actors.engine import SyncTimings
 from cluster.records import Rollout
 from cluster.streams import Delivery
-from cluster.weights import UNSYNCED
+from cluster.weights import UNSYNCED, Transport
 
 if TYPE_CHECKING:
     from cluster.metrics import Heartbeat, RolloutMetrics
@@ -110,19 +110,22 @@ class RolloutMeter:
         if self._heartbeat is not None:
             self._heartbeat.beat()
 
-    def synced(self, version: int, *, timings: SyncTimings, seconds: float, by_group: bool) -> None:
+    def synced(
+        self, version: int, *, timings: SyncTimings, seconds: float, size_bytes: int, transport: Transport
+    ) -> None:
         """`seconds`: from the arrival of the version to its use."""
         self.tally.syncs += 1
-        self.tally.group_syncs += by_group
+        self.tally.group_syncs += transport == "collective"
         self.tally.version, self.tally.pause_s, self.tally.load_s = version, timings.pause_s, timings.load_s
         if self._metrics is not None:
-            self._metrics.weight_sync_seconds.observe(seconds)
+            self._metrics.syncs_by_transport[transport].observe(seconds)
+            self._metrics.bytes_by_transport[transport].inc(size_bytes)
             self._metrics.policy_version.set(version)
 
-    def sync_failed(self) -> None:
+    def sync_failed(self, transport: Transport) -> None:
         self.tally.sync_failures += 1
         if self._metrics is not None:
-            self._metrics.weight_sync_failures.inc()
+            self._metrics.failures_by_transport[transport].inc()
 
     def failed(self) -> None:
         self.tally.failures += 1

@@ -25,6 +25,7 @@ from prometheus_client.registry import Collector
 from cluster.http_serve import HttpServer, Page
 from cluster.stores import Clock
 from cluster.streams import Depth, StreamName
+from cluster.weights import Transport
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,8 +34,7 @@ _SHORT_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 _LONG_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 _COUNTS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 _VERSIONS: Final = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0)
-TRANSPORTS: Final = ("object_store", "collective", "ipc")
-"""How a version's weights travelled."""
+TRANSPORTS: Final[tuple[Transport, ...]] = ("object_store", "collective", "ipc")
 _TOKENS: Final = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
 
 
@@ -121,8 +121,7 @@ class _Merged(Collector):
 
 
 class RolloutMetrics:
-    """A rollout actor. `weight_sync_seconds` and `weight_sync_failures` are those of the object store; another
-    transport's are in `syncs_by_transport` and `failures_by_transport`."""
+    """A rollout actor."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.samples = Counter("keel_rollout_samples", "Answers generated", registry=registry)
@@ -153,11 +152,9 @@ class RolloutMetrics:
         failures = Counter(
             "keel_weight_sync_failures", "Weight updates that failed or were partial", ["transport"], registry=registry
         )
-        self.syncs_by_transport: Mapping[str, Histogram] = {name: seconds.labels(name) for name in TRANSPORTS}
-        self.bytes_by_transport: Mapping[str, Counter] = {name: received.labels(name) for name in TRANSPORTS}
-        self.failures_by_transport: Mapping[str, Counter] = {name: failures.labels(name) for name in TRANSPORTS}
-        self.weight_sync_seconds = self.syncs_by_transport["object_store"]
-        self.weight_sync_failures = self.failures_by_transport["object_store"]
+        self.syncs_by_transport: Mapping[Transport, Histogram] = {name: seconds.labels(name) for name in TRANSPORTS}
+        self.bytes_by_transport: Mapping[Transport, Counter] = {name: received.labels(name) for name in TRANSPORTS}
+        self.failures_by_transport: Mapping[Transport, Counter] = {name: failures.labels(name) for name in TRANSPORTS}
 
 
 class RewardMetrics:
@@ -195,7 +192,7 @@ class LearnerMetrics:
         self._quality_metrics(registry)
         self._published = dict.fromkeys(TRANSPORTS, (0.0, 0))
 
-    def set_published(self, transport: str, *, total_bytes: float, total_failures: int) -> None:
+    def set_published(self, transport: Transport, *, total_bytes: float, total_failures: int) -> None:
         """Totals of one way of handing weights over, since this process's start."""
         seen_bytes, seen_failures = self._published[transport]
         self.published_bytes_by_transport[transport].inc(max(0.0, total_bytes - seen_bytes))
@@ -236,8 +233,8 @@ class LearnerMetrics:
         failures = Counter(
             "keel_weight_publish_failures", "Versions that did not reach every engine", ["transport"], registry=registry
         )
-        self.published_bytes_by_transport: Mapping[str, Counter] = {name: published.labels(name) for name in TRANSPORTS}
-        self.publish_failures_by_transport: Mapping[str, Counter] = {name: failures.labels(name) for name in TRANSPORTS}
+        self.published_bytes_by_transport: Mapping[Transport, Counter] = {name: published.labels(name) for name in TRANSPORTS}
+        self.publish_failures_by_transport: Mapping[Transport, Counter] = {name: failures.labels(name) for name in TRANSPORTS}
         self.checkpoint_seconds = Histogram(
             "keel_checkpoint_seconds", "Writing one checkpoint", registry=registry, buckets=_LONG_S
         )

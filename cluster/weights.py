@@ -11,7 +11,7 @@ import asyncio
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ UNSYNCED: Final = -1
 _ALIGN_BYTES: Final = 64
 
 Bytes = NDArray[np.uint8]
+Transport = Literal["object_store", "collective", "ipc"]
+"""How a version's bytes came to an engine."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Trainer:
         """Loads the models as the offline stages left them. Raises ModelError."""
         self.ranks = ranks
         self._settings = config.learner
+        self._engine_dtype: torch.dtype = getattr(torch, config.rollout.dtype)
         self._trainable: Trainable = load_trainable(config, run_dir=run_dir, ranks=ranks)
         self._rng = torch.Generator().manual_seed(config.seed)
         """Orders the update's rows: in the same state on every rank."""
@@ -67,10 +68,10 @@ class Trainer:
         )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights under their Hugging Face names, whole, gathered one by one as they are asked for. Every
-        rank must take them all."""
+        """The policy's weights under their Hugging Face names, whole, in the engines' type (they would round to it all
+        the same), gathered one by one as they are asked for. Every rank must take them all."""
         for name, tensor in self._trainable.policy.named_tensors():
-            yield name, whole_tensor(tensor)
+            yield name, whole_tensor(tensor).to(self._engine_dtype)
 
     @torch.no_grad()
     def probe_logprobs(self, token_ids: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ def scraped_run(prepared_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     samples: dict[str, dict[str, float]] = {}
     for group in json.loads(http(discovery_url(run))):
         families = text_string_to_metric_families(http(f"http://{group['targets'][0]}/metrics"))
-        samples[group["labels"]["role"]] = {s.name: s.value for family in families for s in family.samples}
+        of_role = samples.setdefault(group["labels"]["role"], {})
+        for sample in (sample for family in families for sample in family.samples):
+            of_role[sample.name] = of_role.get(sample.name, 0.0) + sample.value
     output = run.finish()
     assert run.process.returncode == 0, output
     return run, samples

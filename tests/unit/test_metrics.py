@@ -189,10 +189,10 @@ def test_what_was_published_is_counted_from_totals() -> None:
 def test_weight_updates_are_told_apart_by_transport() -> None:
     registry = CollectorRegistry()
     rollout = RolloutMetrics(registry)
-    rollout.weight_sync_seconds.observe(1.0)
+    rollout.syncs_by_transport["object_store"].observe(1.0)
     rollout.syncs_by_transport["collective"].observe(2.0)
     rollout.bytes_by_transport["collective"].inc(100)
-    rollout.weight_sync_failures.inc()
+    rollout.failures_by_transport["object_store"].inc()
     found = scrape(registry)
     assert found["keel_weight_sync_seconds_sum", (("transport", "object_store"),)] == 1
     assert found["keel_weight_sync_seconds_sum", (("transport", "collective"),)] == 2

@@ -31,6 +31,7 @@ LLAMA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
 }  # fmt: skip
+HUGE_ENGINE = ("rollout.gpus_per_actor=100", "rollout.tensor_parallel_size=100")
 ONLINE = "stages=[data, ppo, evaluate, report]"
 
 
@@ -278,7 +279,7 @@ def test_a_cluster_that_fits_is_not_asked(seven: Callable[..., RunConfig]) -> No
 def test_a_refused_run_leaves_no_directory(tmp_path: Path) -> None:
     from keel.pipeline import run_pipeline
 
-    config = load_config("demo", overrides=[f"runs_dir={tmp_path / 'runs'}", "rollout.gpus_per_actor=100"])
+    config = load_config("demo", overrides=[f"runs_dir={tmp_path / 'runs'}", *HUGE_ENGINE])
     with pytest.raises(ConfigError, match="100 GPU"):
         run_pipeline(config, resume=False, fresh=False)
     assert not (tmp_path / "runs").exists()
@@ -336,6 +337,8 @@ def test_text_and_data_say_the_same(seven: Callable[..., RunConfig]) -> None:
 def test_the_commands_exit_code() -> None:
     fits = CliRunner().invoke(app, ["plan", "demo"])
     assert fits.exit_code == 0, fits.output
-    refused = CliRunner().invoke(app, ["plan", "demo", "--set", "rollout.gpus_per_actor=100", "--json"])
+    refused = CliRunner().invoke(
+        app, ["plan", "demo", "--json", *(part for one in HUGE_ENGINE for part in ("--set", one))]
+    )
     assert refused.exit_code == 1
     assert json.loads(refused.output)["fits"] is False
