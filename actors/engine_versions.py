@@ -41,7 +41,7 @@ class EngineVersions:
     ) -> None:
         self._engine, self._weights, self._meter = engine, weights, meter
         self._tolerance_nats, self._awake = probe_tolerance_nats, awake
-        self._probed: set[type] = set()
+        self._probed: set[Transport] = set()
         """Ways that a version has come, and was found right by its probe."""
         self._changed = asyncio.Condition()
         self._ready = engine.version
@@ -106,9 +106,10 @@ class EngineVersions:
         """Load a version, and the first time that one comes in this way compare the probe. For `follow`, and in its
         place while it is not running. Raises WeightSyncError."""
         started_s = time.perf_counter()
-        transport: Transport = "collective" if isinstance(update, GroupUpdate) else "object_store"
+        transport: Transport = "collective" if isinstance(update, GroupUpdate) else update.transport
         try:
             async with self._awake():
+                update = await self._still_there(update)
                 timings = await self._take(update)
         except WeightSyncError:
             self._meter.sync_failed(transport)
@@ -124,14 +125,24 @@ class EngineVersions:
             self._ready = update.version
             self._changed.notify_all()
 
+    async def _still_there(self, update: WeightBlob | GroupUpdate) -> WeightBlob | GroupUpdate:
+        """`update`, or its successor where the learner has put that in its place while the engine slept. (While the
+        engine is awake the learner writes nothing: it is not its turn.)"""
+        if isinstance(update, GroupUpdate) or update.shared is None:
+            return update
+        newest = await self._weights.latest()
+        return update if newest is None or newest.version <= update.version else newest
+
     async def _take(self, update: WeightBlob | GroupUpdate) -> SyncTimings:
         if isinstance(update, GroupUpdate):
+            way: Transport = "collective"
             timings = await self._engine.receive_weights(update)
         else:
+            way = update.transport
             timings = await self._engine.load_weights(update)
-        if type(update) not in self._probed:
+        if way not in self._probed:
             await self._compare(update)
-            self._probed.add(type(update))
+            self._probed.add(way)
         return timings
 
     async def _compare(self, update: WeightBlob | GroupUpdate) -> None:

@@ -268,6 +268,8 @@ class VllmEngine:
                 await task
 
     async def _load_landed(self, blob: WeightBlob) -> SyncTimings:
+        if blob.shared is not None:
+            return await self._replace_weights(blob, blob.shared.location)
         with self._land(blob.buffer) as location:
             return await self._replace_weights(blob, location)
 

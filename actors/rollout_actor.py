@@ -87,6 +87,9 @@ class RolloutActor:
                 log_dir=Path(spec.log_dir),
             )
         )
+        if spec.turns is not None:
+            # One that replaces another may find the learner on the GPU.
+            await spec.turns.take("engine", spec.config.learner.stall_timeout_s)
         self._engine = await _boot_engine(spec)
         self._stack.push_async_callback(self._engine.shutdown)
         self._worker = RolloutWorker(

@@ -211,6 +211,8 @@ class RolloutWorker:
 
     async def _finish(self) -> None:
         """Let what is in flight end, for the time that there is; give up or hand back the rest."""
+        if self._draining:
+            await self._hand_back_leftover()  # nobody renews their leases
         running = dict(self._in_flight)
         limit_s = self._settings.generate_timeout_s if self._draining else self._settings.stop_grace_s
         late: set[asyncio.Task[None]] = set()
@@ -221,14 +223,16 @@ class RolloutWorker:
         if self._draining:
             if late:
                 await asyncio.wait(late)
-            await self._hand_back([*self._leftover, *(delivery for delivery, task in running.values() if task in late)])
+            self._leftover += [delivery for delivery, task in running.values() if task in late]
+            await self._hand_back_leftover()
         elif late:
             _log.info("%d requests did not finish in time and are left to re-delivery", len(late))
 
-    async def _hand_back(self, deliveries: list[Delivery]) -> None:
+    async def _hand_back_leftover(self) -> None:
         """Put entries at the end of the stream that they came from, where others find them now and not when the lease
         runs out. One that was answered at the last moment stays answered."""
-        for delivery in deliveries:
+        while self._leftover:
+            delivery = self._leftover.pop()
             if await self._advance(delivery, target=StreamName.PROMPTS, payload=delivery.payload):
                 self.meter.handed_back()
 

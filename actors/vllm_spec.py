@@ -126,6 +126,10 @@ def engine_options(spec: VllmSpec) -> dict[str, Any]:
         "enable_log_requests": False,
         "worker_extension_cls": PLUGIN,
     }
+    if rollout.tensor_parallel_size > 1:
+        # Left to itself on a GPU, vLLM sees that its actor is in a placement group of Ray's and would start workers of
+        # its own there, where the actor has taken all GPUs.
+        options["distributed_executor_backend"] = "mp"
     if rollout.max_batched_tokens is not None:
         options["max_num_batched_tokens"] = rollout.max_batched_tokens
     if spec.on_gpu:

@@ -2,8 +2,9 @@
 
 Named as `worker_extension_cls`, this module is imported by every worker before its model is built, and the import
 registers the backend. It takes a version from where it lies and loads it with the model's own `load_weights`, which
-fuses, shards for tensor parallelism, casts and copies to the device. A version comes one of three ways:
+fuses, shards for tensor parallelism, casts and copies to the device. A version comes one of four ways:
 - "memory:…" or "file:…": the packed buffer where the actor put it (actors/landing.py).
+- "shared:…": the packed buffer where the learner keeps it, on the GPU that both use, or in host memory.
 - "staged": the packed buffer that this worker received over gloo, whole, before the update began.
 - "nccl": by vLLM's own NCCL engine, bucket by bucket into the model, during the update.
 
@@ -39,7 +40,8 @@ from actors.landing import in_process_buffer
 from cluster.errors import WeightSyncError
 from cluster.gloo_group import GlooFollower
 from cluster.weight_group import GroupPlan
-from cluster.weights import Bytes, TensorEntry, unpack_entries
+from cluster.weight_sharing import is_shared, open_shared
+from cluster.weights import Bytes, SharedBytes, TensorEntry, unpack_entries, unpack_storage
 
 BACKEND: Final = "keel"
 _log = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ class KeelInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class KeelUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Where the version is ("memory:<key>", "file:<path>", "staged", "nccl"), its size, and the manifest in columns."""
+    """Where the version is ("memory:<key>", "file:<path>", "shared:<…>", "staged", "nccl"), its size, and the
+    manifest in columns."""
 
     location: str
     size_bytes: int
@@ -178,6 +181,10 @@ class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):  #
             )
 
     def _load(self, update_info: KeelUpdateInfo) -> set[str]:
+        if is_shared(update_info.location):
+            shared = SharedBytes(update_info.location, update_info.size_bytes)
+            storage = open_shared(shared, device=self.device)  # closed when the last tensor on it is gone
+            return set(self.model.load_weights(unpack_storage(update_info.manifest(), storage)) or ())
         if update_info.location == "staged":
             if self._staged is None or len(self._staged) != update_info.size_bytes:
                 raise WeightSyncError("the staged weights are not those of this update")

@@ -6,8 +6,9 @@ What the code does, and so what is counted:
   the layer at work and the next, and the embedding and head, in 16 bit. Policy and critic take turns, so their
   activations do not add up.
 - Engine: weights in rollout.dtype, split by tensor parallelism; the rest of its share of the GPU is KV cache.
-- Reward worker: every ensemble member and the reference policy, in float32.
-- SFT and RM stages: one process, float32 AdamW, whole batches without gradient checkpointing.
+- Reward worker: every ensemble member and the reference policy, in reward.dtype.
+- SFT and RM stages: one process, float32 AdamW, whole batches without gradient checkpointing. Models that are taken as
+  they are (sft.epochs 0, rm.models) are copied, and reward models measured: a forward pass alone.
 
 Activations of a layer are what autograd keeps for its backward pass, tensor by tensor, with attention that never holds
 its scores (SDPA, FlashAttention); checkpointing keeps the input of each layer and one layer whole (Chen et al. 2016).
@@ -26,6 +27,7 @@ from configs.run import RunConfig
 GIB: Final = 1 << 30
 MIB: Final = 1 << 20
 FLOAT32: Final = 4
+DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
 Precision = Literal["float32", "autocast", "bfloat16"]
 """float32; 16-bit products on float32 weights (autocast); all in 16 bit but the norms' inner part (FSDP2's cast)."""
 
@@ -39,6 +41,8 @@ HEAD_KEPT_BYTES: Final[Mapping[str, int]] = {"cpu": 16 * MIB, "cuda": 512 * MIB}
 """Logits that are no more than this altogether are kept for the backward pass."""
 SCORER_LOGIT_BYTES: Final = 256 * MIB
 """Logits that a reward worker makes at a time."""
+MEASURED_ROWS: Final = 64
+"""Answers in a pass of the rm stage over a model that it measures."""
 HOST_RETAINED: Final = 2.0
 """Resident memory over live tensors, for what comes and goes on a CPU: the C allocator keeps what was freed. Measured
 on models of 1 and 28 million parameters: 2.3 and 1.9."""
@@ -232,18 +236,19 @@ def _pass(architecture: Architecture, config: RunConfig, model: _Trained) -> dic
 
 
 def payload_bytes(architecture: Architecture, config: RunConfig) -> int:
-    """Of one policy version as it travels: float32, all weights or the adapter's."""
-    lora = config.learner.lora
+    """Of one policy version as it travels: all weights or the adapter's, in the engines' type."""
+    lora, width = config.learner.lora, DTYPE_BYTES[config.rollout.dtype]
     if lora is not None and lora.broadcast == "adapter":
-        return FLOAT32 * architecture.adapter_parameters(lora.rank, targets=lora.target_modules)
-    return FLOAT32 * architecture.policy_parameters
+        return width * architecture.adapter_parameters(lora.rank, targets=lora.target_modules)
+    return width * architecture.policy_parameters
 
 
 def publishing_bytes(architecture: Architecture, config: RunConfig) -> int:
     """Host memory of the learner's rank 0 while it packs a version: the packed buffer, and all tensors on the CPU where
-    the weights are sharded or on a GPU."""
-    copies = 2 if config.learner.on_gpu or config.learner.ranks > 1 else 1
-    return copies * payload_bytes(architecture, config)
+    the weights are sharded, on a GPU or of another type."""
+    learner = config.learner
+    copied = learner.on_gpu or learner.ranks > 1 or config.rollout.dtype != "float32"
+    return (2 if copied else 1) * payload_bytes(architecture, config)
 
 
 # ---------------------------------------------------------------- engine
@@ -264,7 +269,7 @@ def engine(architecture: Architecture, config: RunConfig, *, gpu_bytes: int | No
     rollout = config.rollout
     if rollout.engine == "scripted":
         return EngineFootprint(Footprint(host={"base": _PROCESS_HOST_BYTES}), 0, 0, rollout.max_concurrent_requests)
-    width = FLOAT32 if rollout.dtype == "float32" else 2
+    width = DTYPE_BYTES[rollout.dtype]
     split = rollout.tensor_parallel_size
     kv_heads = max(1, architecture.kv_heads // split)
     per_token = 2 * architecture.layers * kv_heads * architecture.head_size * width
@@ -305,15 +310,20 @@ def engine(architecture: Architecture, config: RunConfig, *, gpu_bytes: int | No
 def reward_worker(architecture: Architecture, config: RunConfig) -> Footprint:
     """All members of the ensemble and the reference policy; a pass over the members follows one over the reference."""
     reward, longest = config.reward, config.max_sequence_tokens
+    width = DTYPE_BYTES[reward.dtype]
     tokens = max(longest, min(reward.token_budget, reward.batch_size * longest))
-    parameters = config.rm.members * architecture.scorer_parameters + architecture.policy_parameters
+    parameters = config.rm.ensemble * architecture.scorer_parameters + architecture.policy_parameters
     answers = tokens * config.data.max_response_tokens // longest
-    at_work = inference_bytes(architecture, tokens=tokens, sequence_tokens=longest, width=FLOAT32)
+    at_work = inference_bytes(architecture, tokens=tokens, sequence_tokens=longest, width=width)
     logits = 3 * min(SCORER_LOGIT_BYTES, FLOAT32 * answers * architecture.vocabulary)
-    parts = {"weights": FLOAT32 * parameters, "activations": at_work, "head": logits}
+    parts = {"weights": width * parameters, "activations": at_work, "head": logits}
     if reward.gpus_per_worker == 0:
         return Footprint(host={**parts, "base": _PROCESS_HOST_BYTES})
-    loading = FLOAT32 * architecture.policy_parameters
+    return _on_gpu(parts, loading=width * architecture.policy_parameters)
+
+
+def _on_gpu(parts: Mapping[str, int], *, loading: int) -> Footprint:
+    """A process with all this on its GPU; `loading`: bytes of a model that come by way of host memory."""
     return Footprint(
         host={"working copies": loading, "base": _GPU_PROCESS_HOST_BYTES},
         gpu={**parts, "base": _CUDA_CONTEXT_BYTES},
@@ -324,9 +334,33 @@ def reward_worker(architecture: Architecture, config: RunConfig) -> Footprint:
 
 
 def offline_stage(architecture: Architecture, config: RunConfig, *, stage: Literal["sft", "rm"]) -> Footprint:
-    """TRL's trainers: one process, the whole model in float32 with AdamW, a batch in one pass at the greatest length. A
-    batch of the reward model is pairs: twice the sequences. SFT holds the logits of every position: as the head
-    gave them, in float32, as log-probabilities and as their gradient."""
+    """One process: training, or what is done with models that are taken as they are."""
+    if stage == "sft":
+        return _copying(architecture) if config.sft.epochs == 0 else _training(architecture, config, stage=stage)
+    return _measuring(architecture, config) if config.rm.models else _training(architecture, config, stage=stage)
+
+
+def _copying(architecture: Architecture) -> Footprint:
+    """The policy is loaded and saved, on the CPU and in the type that it has: float32 at most."""
+    return Footprint(host={"weights": FLOAT32 * architecture.policy_parameters, "base": _PROCESS_HOST_BYTES})
+
+
+def _measuring(architecture: Architecture, config: RunConfig) -> Footprint:
+    """One reward model after another is copied as it is (float32 at most) and scores MEASURED_ROWS answers a pass."""
+    width = DTYPE_BYTES[config.reward.dtype]
+    tokens = MEASURED_ROWS * config.max_sequence_tokens
+    stored, scoring = FLOAT32 * architecture.scorer_parameters, width * architecture.scorer_parameters
+    at_work = inference_bytes(architecture, tokens=tokens, sequence_tokens=config.max_sequence_tokens, width=width)
+    if config.learner.on_gpu:
+        return _on_gpu({"weights": scoring, "activations": at_work}, loading=stored)
+    copies = {"working copies": stored - scoring} if scoring < stored else {}
+    return Footprint(host={"weights": scoring, **copies, "activations": at_work, "base": _PROCESS_HOST_BYTES})
+
+
+def _training(architecture: Architecture, config: RunConfig, *, stage: Literal["sft", "rm"]) -> Footprint:
+    """TRL's trainers: the whole model in float32 with AdamW, a batch in one pass at the greatest length. A batch of the
+    reward model is pairs: twice the sequences. SFT holds the logits of every position: as the head gave them, in
+    float32, as log-probabilities and as their gradient."""
     on_gpu = config.learner.on_gpu
     rows = config.sft.batch_size if stage == "sft" else 2 * config.rm.batch_size
     tokens = rows * config.max_sequence_tokens
@@ -346,10 +380,7 @@ def offline_stage(architecture: Architecture, config: RunConfig, *, stage: Liter
     }
     if not on_gpu:
         return Footprint(host={**parts, "base": _PROCESS_HOST_BYTES})
-    return Footprint(
-        host={"working copies": FLOAT32 * parameters, "base": _GPU_PROCESS_HOST_BYTES},
-        gpu={**parts, "base": _CUDA_CONTEXT_BYTES},
-    )
+    return _on_gpu(parts, loading=FLOAT32 * parameters)
 
 
 # ---------------------------------------------------------------- disk
@@ -367,11 +398,12 @@ class DiskUse:
 
 
 def disk_use(architecture: Architecture, config: RunConfig) -> DiskUse:
-    """A checkpoint holds what is trained and its two Adam moments, in float32. Models are exported in float32."""
+    """A checkpoint holds what is trained and its two Adam moments, in float32. Models are exported in float32; those
+    that are taken as they are keep their type, which may be smaller."""
     checkpoint = 3 * FLOAT32 * sum(model.trained for model in _models(architecture, config))
     kept = config.checkpoint.keep_last * checkpoint
     exported = FLOAT32 * architecture.policy_parameters
     initial = exported if config.model.kind == "new" else 0
-    offline = initial + exported + config.rm.members * FLOAT32 * architecture.scorer_parameters
+    offline = initial + exported + config.rm.ensemble * FLOAT32 * architecture.scorer_parameters
     models = offline + 2 * exported  # policy/best and policy/final
     return DiskUse(checkpoint=checkpoint, checkpoints=kept, models=models, peak=kept + checkpoint + models + exported)

@@ -24,7 +24,7 @@ from cluster.errors import (
     NonFiniteError,
     SupervisionError,
 )
-from cluster.placement import Placement, bundle_of, living_nodes
+from cluster.placement import Placement, Resources, SharedRoom, bundle_of, living_nodes
 
 INPUT_ERRORS: tuple[type[KeelError], ...] = (ConfigError, DataError, CheckpointError, NonFiniteError, ModelError)
 """Errors that a new process would meet again."""
@@ -52,6 +52,10 @@ class Role:
     drain_timeout_s: float = 150.0
     placement_wait_s: float = 60.0
     """How long a process may wait for room."""
+    room: SharedRoom | None = None
+    """Shared with other roles; a role of one process then. Otherwise each process has its own."""
+    replaced: Callable[[], None] = lambda: None
+    """Called when a process is gone, before another takes its place."""
     finite: bool = False
     """run() is expected to end; what it returns is the process's result."""
     together: bool = False
@@ -67,7 +71,13 @@ class Role:
 
     @property
     def bundle(self) -> dict[str, float]:
+        """What each process takes."""
         return bundle_of(cpus=self.cpus, gpus=self.gpus)
+
+    @property
+    def room_bundle(self) -> Resources:
+        """What has to fit on one node for a process to start."""
+        return self.bundle if self.room is None else self.room.bundle
 
 
 @dataclass
@@ -103,7 +113,8 @@ class Group:
     @classmethod
     def boot(cls, role: Role, *, first: int, count: int, incarnation: int, target: str | None) -> Group:
         """Ask for room, and start as soon as there is. Returns at once."""
-        placement = Placement.ask(role.bundle, count=count, target=target)
+        shared = role.room
+        placement = shared.enter() if shared else Placement.ask(role.bundle, count=count, target=target)
         handles = []
         for position in range(count):
             options: dict[str, Any] = {

@@ -39,19 +39,21 @@ _TOKENS: Final = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.
 
 
 class Heartbeat:
-    """Progress, as a process reports it. `beat` wherever work is done, or found not to be there."""
+    """Progress, as a process reports it. `beat` wherever work is done, or found not to be there. Before the first beat
+    it loads models or waits for others, within deadlines that its supervisor has for that: no lack of progress."""
 
     def __init__(self, *, silence_limit_s: float, clock: Clock = time.monotonic) -> None:
         self.silence_limit_s: Final = silence_limit_s
         self._clock = clock
-        self._last_s = clock()
+        self._last_s: float | None = None
 
     def beat(self) -> None:
         self._last_s = self._clock()
 
     @property
     def silent_s(self) -> float:
-        return self._clock() - self._last_s
+        """Since the last beat; 0 before the first."""
+        return 0.0 if self._last_s is None else self._clock() - self._last_s
 
     @property
     def healthy(self) -> bool:
@@ -233,8 +235,12 @@ class LearnerMetrics:
         failures = Counter(
             "keel_weight_publish_failures", "Versions that did not reach every engine", ["transport"], registry=registry
         )
-        self.published_bytes_by_transport: Mapping[Transport, Counter] = {name: published.labels(name) for name in TRANSPORTS}
-        self.publish_failures_by_transport: Mapping[Transport, Counter] = {name: failures.labels(name) for name in TRANSPORTS}
+        self.published_bytes_by_transport: Mapping[Transport, Counter] = {
+            name: published.labels(name) for name in TRANSPORTS
+        }
+        self.publish_failures_by_transport: Mapping[Transport, Counter] = {
+            name: failures.labels(name) for name in TRANSPORTS
+        }
         self.checkpoint_seconds = Histogram(
             "keel_checkpoint_seconds", "Writing one checkpoint", registry=registry, buckets=_LONG_S
         )

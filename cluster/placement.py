@@ -16,10 +16,12 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.errors import SupervisionError
+
 Resources = Mapping[str, float]
 
 
-@dataclass
+@dataclass(eq=False)
 class Placement:
     """The room of one group of processes: one bundle each."""
 
@@ -28,6 +30,8 @@ class Placement:
     """The node asked for, in hexadecimal; a wish only."""
     nodes: tuple[str, ...] = ()
     """The node of each bundle, once placed."""
+    shared: SharedRoom | None = None
+    """Whose room it is, when not this group's alone."""
 
     @classmethod
     def ask(cls, bundle: Resources, *, count: int, target: str | None = None) -> Placement:
@@ -46,8 +50,41 @@ class Placement:
         return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=position)
 
     def release(self) -> None:
-        """Give the room back. Processes that still use it are killed."""
-        remove_placement_group(self.group)
+        """Give the room back. Processes that still use it are killed; shared room stays until all have left."""
+        if self.shared is None:
+            remove_placement_group(self.group)
+        else:
+            self.shared.leave(self)
+
+
+class SharedRoom:
+    """One bundle for one process of each of several roles: their shares of a GPU are of the same GPU, since a bundle
+    with one GPU at most holds a part of one alone."""
+
+    def __init__(self, bundle: Resources) -> None:
+        """`bundle`: what all of them take together. Raises SupervisionError for more than one GPU."""
+        if bundle.get("GPU", 0.0) > 1.0:
+            raise SupervisionError(
+                "processes that share a GPU ask for more than one", got=f"{bundle['GPU']:g}", do="give each a share"
+            )
+        self.bundle = bundle
+        self._group: PlacementGroup | None = None
+        self._placements: list[Placement] = []
+
+    def enter(self) -> Placement:
+        """Ask for the room, or for a place in it. Returns at once."""
+        if self._group is None:
+            self._group = placement_group([dict(self.bundle)], strategy="STRICT_PACK")
+        placement = Placement(self._group, shared=self)
+        self._placements.append(placement)
+        return placement
+
+    def leave(self, placement: Placement) -> None:
+        """The last one to leave gives the room back."""
+        self._placements.remove(placement)
+        if not self._placements and self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
 
 
 def refresh(placements: Iterable[Placement]) -> None:

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from prometheus_client import REGISTRY, CollectorRegistry, ProcessCollector
 
 from cluster.discovery import announce_forever
+from cluster.errors import ConfigError
 from cluster.metrics import Heartbeat, MetricsServer
 from cluster.run_redis import RunRedis
 from cluster.stores import Member
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 LOOPBACK: Final = "127.0.0.1"
 SILENCE_LIMIT_S: Final = 120.0
-"""No progress for so long makes /healthz fail."""
+"""No progress for so long makes /healthz fail, or for longer where a role's unit of work may take longer."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ async def start_process(
     config: RunConfig, *, role: str, instance: str, redis_url: str, log_dir: Path
 ) -> AsyncIterator[Process]:
     """Raises StreamError when the server is not to be used, ConfigError when the exporter cannot bind."""
+    if config.ray.address is not None:
+        _check_run_dir(log_dir.parent)
     log_to_file(log_dir / f"{role}-{instance}.log")
-    registry, heartbeat = CollectorRegistry(), Heartbeat(silence_limit_s=SILENCE_LIMIT_S)
+    registry, heartbeat = CollectorRegistry(), Heartbeat(silence_limit_s=silence_limit_s(config, role=role))
     ProcessCollector(registry=registry)
     redis = RunRedis(
         redis_url,
@@ -75,6 +78,16 @@ async def start_process(
                 announcing.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await announcing
+
+
+def silence_limit_s(config: RunConfig, *, role: str) -> float:
+    """How long a process of this role may be busy with one answer, batch or step before it counts as stuck."""
+    longest_s = {
+        "rollout": config.rollout.generate_timeout_s,
+        "reward": config.reward.score_timeout_s,
+        "learner": config.learner.stall_timeout_s,
+    }
+    return max(SILENCE_LIMIT_S, longest_s.get(role, 0.0))
 
 
 def node_address(config: RunConfig, *, redis_url: str | None = None) -> str:
@@ -101,6 +114,16 @@ def _address_towards(url: str) -> str:
     except OSError as error:
         log.warning("metrics are served on loopback alone: no way to %s: %s", parts.hostname, error)
         return LOOPBACK
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    """Before anything is written there: a node without the shared storage would make a directory of its own."""
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(
+            "this node does not see the run directory",
+            got=f"no {run_dir / 'config.yaml'} on {socket.gethostname()}",
+            do="set runs_dir to storage that all nodes share, at the same path",
+        )
 
 
 def log_to_file(path: Path) -> None:

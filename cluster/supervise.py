@@ -239,6 +239,7 @@ class RolePool:
         self._note("restart", text.splitlines()[0])
         group.kill()
         del self._groups[group.first]
+        self.role.replaced()
         successor = self._boot(group.first, size=len(group.handles))
         successor.restarts = restarts
         successor.charged_hosts = frozenset() if lost else frozenset(group.placement.nodes)
@@ -313,7 +314,7 @@ class RolePool:
     def _tell_of_waiting(self, group: Group) -> None:
         if not group.told_of_waiting:
             group.told_of_waiting = True
-            shortage = Shortage.now(self.role.bundle, count=len(group.handles))
+            shortage = Shortage.now(self.role.room_bundle, count=len(group.handles))
             text = f"{self.role.name} {group.first} has no room and waits for a node: {shortage}"
             log.warning("%s", text)
             self._note("pending", text)
@@ -321,7 +322,7 @@ class RolePool:
     def _no_room(self, group: Group) -> SupervisionError:
         return SupervisionError(
             f"there is no room for {self.role.name} after {self.role.placement_wait_s:g} s",
-            got=f"{Shortage.now(self.role.bundle, count=len(group.handles))}; {self.up} of {self.wanted} are up",
+            got=f"{Shortage.now(self.role.room_bundle, count=len(group.handles))}; {self.up} of {self.wanted} are up",
             do="\n".join(filter(None, (self.role.advice, self.role.explain()))),
         )
 

@@ -11,6 +11,7 @@ wait in line. A holder that died is replaced by `forget`, from whoever saw it di
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -47,17 +48,20 @@ class LocalTurns:
     def __init__(self) -> None:
         self._holder: Side | None = "engine"
         self._waiting: set[Side] = set()
+        self._lives: Counter[Side] = Counter()
+        """How often each side has been forgotten: what it asked before that is not granted any more."""
         self._changed = asyncio.Condition()
 
     async def take(self, side: Side, timeout_s: float) -> None:
         async with self._changed:
             if self._holder == side:
                 return
+            life = self._lives[side]
             self._waiting.add(side)
             self._changed.notify_all()
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._changed.wait_for(lambda: self._holder in (None, side))
+                    await self._changed.wait_for(lambda: self._holder in (None, side) or self._lives[side] > life)
             except TimeoutError as error:
                 if self._holder != side:  # else it was handed over at the last moment
                     raise DeadlineError(
@@ -66,11 +70,14 @@ class LocalTurns:
                         do="see whether that process still works",
                     ) from error
             except asyncio.CancelledError:
-                if self._holder == side:
+                if self._holder == side and self._lives[side] == life:
                     self._hand_on(side)
                 raise
             finally:
-                self._waiting.discard(side)
+                if self._lives[side] == life:
+                    self._waiting.discard(side)
+            if self._lives[side] > life:
+                raise SupervisionError(f"the {side} has been replaced and gets no turn")
             self._holder = side
             self._changed.notify_all()
 
@@ -98,9 +105,11 @@ class LocalTurns:
 
     async def forget(self, side: Side) -> None:
         async with self._changed:
+            self._lives[side] += 1
             self._waiting.discard(side)
             if self._holder == side:
                 self._hand_on(side)
+            self._changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -113,10 +122,13 @@ class RayTurns:
 
     @classmethod
     def create(cls) -> RayTurns:
-        """The first turn is the engine's. Lives as long as a handle to it, or until `close`."""
+        """The first turn is the engine's. On the caller's node, for as long as a handle to it, or until `close`."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        return cls(actor=ray.remote(num_cpus=0, max_concurrency=100)(LocalTurns).remote())
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        keeper = ray.remote(num_cpus=0, max_concurrency=100, scheduling_strategy=here)(LocalTurns)
+        return cls(actor=keeper.remote())
 
     async def take(self, side: Side, timeout_s: float) -> None:
         await self._within(self.actor.take.remote(side, timeout_s), timeout_s)
@@ -129,6 +141,17 @@ class RayTurns:
 
     async def forget(self, side: Side) -> None:
         await self._within(self.actor.forget.remote(side), 0.0)
+
+    def forget_now(self, side: Side) -> None:
+        """`forget`, for threads without an event loop."""
+        import ray
+
+        try:
+            ray.get(self.actor.forget.remote(side), timeout=self.call_timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise DeadlineError("the keeper of turns does not answer", got=f"{self.call_timeout_s:g} s") from error
+        except ray.exceptions.RayActorError as error:
+            raise SupervisionError("the keeper of turns is gone", do="restart the run; it resumes") from error
 
     def close(self) -> None:
         import ray

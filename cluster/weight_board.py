@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from cluster.weight_group import Backend, GroupBook, GroupPlan, GroupUpdate, Tellings
-from cluster.weights import AdapterInfo, Bytes, Probe, TensorEntry, WeightBlob
+from cluster.weights import AdapterInfo, Bytes, Probe, SharedBytes, TensorEntry, WeightBlob
 
 _T = TypeVar("_T")
 
@@ -32,10 +32,12 @@ class Notice:
     adapter: AdapterInfo | None = None
     epoch: int | None = None
     """Of the group that this version is also sent through."""
+    shared: SharedBytes | None = None
+    """Where the bytes are, when they stay with the publisher; the payload is empty then."""
 
     def blob(self, buffer: Bytes) -> WeightBlob:
         """With the bytes that `payload` stands for."""
-        return WeightBlob(self.version, self.manifest, buffer, self.probe, self.adapter)
+        return WeightBlob(self.version, self.manifest, buffer, self.probe, self.adapter, self.shared)
 
     def update(self, epoch: int) -> GroupUpdate:
         """Without the bytes: they come through the group of `epoch`."""
@@ -64,6 +66,8 @@ class WeightBoard:
 
     def __init__(self) -> None:
         self._newest: Notice | None = None
+        self._lost_version: int | None = None
+        """Of shared bytes whose publisher is gone."""
         self._book = GroupBook()
         self._changed = asyncio.Event()
 
@@ -79,6 +83,7 @@ class WeightBoard:
         buffer: Bytes,
         adapter: AdapterInfo | None = None,
         epoch: int | None = None,
+        shared: SharedBytes | None = None,
     ) -> tuple[int | None, bool]:
         """(None when taken, otherwise the version that stands in its way; whether the group of `epoch` is offered it).
         `buffer` arrives as a view of the caller's object; the copy kept here outlives the caller."""
@@ -95,12 +100,18 @@ class WeightBoard:
             size_bytes=len(buffer),
             adapter=adapter,
             epoch=epoch if offered else None,
+            shared=shared,
         )
         self._notify()
         return None, offered
 
     async def latest(self) -> Notice | None:
         return self._newest
+
+    async def lose_shared(self) -> None:
+        """The publisher is gone, and what it shared with it: consumers wait for the next version."""
+        if self._newest is not None and self._newest.shared is not None:
+            self._lost_version = self._newest.version
 
     async def wait_newer(self, than_version: int, timeout_s: float) -> Notice | None:
         return await self._until(lambda: self._newer(than_version), timeout_s=timeout_s)
@@ -183,7 +194,10 @@ class WeightBoard:
     # ---------------------------------------------------------------- waiting
 
     def _newer(self, than_version: int) -> Notice | None:
-        return self._newest if self._newest is not None and self._newest.version > than_version else None
+        newest = self._newest
+        if newest is None or newest.version <= than_version or newest.version == self._lost_version:
+            return None
+        return newest
 
     async def _tellings(
         self, look: Callable[[], Tellings | None], *, timeout_s: float, patient: bool = False

@@ -34,7 +34,7 @@ class LocalBoardChannel:
 
     def publish_to(self, blob: WeightBlob, *, epoch: int | None) -> bool:
         """`publish`, and whether the group of `epoch` is offered the version."""
-        arguments = (blob.version, blob.manifest, blob.probe, blob.buffer, blob.adapter, epoch)
+        arguments = (blob.version, blob.manifest, blob.probe, blob.buffer, blob.adapter, epoch, blob.shared)
         obstacle, offered = self.ask_now("publish", *arguments, timeout_s=30.0)
         check_newer(blob.version, than_version=obstacle)
         return bool(offered)

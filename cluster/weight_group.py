@@ -9,6 +9,7 @@ is about to be sent; a member outside of it, or one whose broadcast failed, read
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -137,7 +138,9 @@ class GroupBook:
         self.plan: GroupPlan | None = None
         self.offer: _Offer | None = None
         self._joined: dict[str, str] = {}
-        self._epochs = 0
+        self._epochs = time.time_ns() // 1_000
+        """Of the newest plan. Counts on from the clock, so that a board which starts again, with members that have
+        seen its earlier plans, does not give an epoch twice."""
 
     def register(self, member: str, *, ranks: int) -> None:
         """A member that asks for weights is a member. A process named "x.2" takes the place of "x.1"."""

@@ -77,6 +77,8 @@ class GroupPublisher:
         self._plan: GroupPlan | None = None
         self._seen: Mapping[str, int] = {}
         self._failed_in_a_row, self._retry_at_s = 0, 0.0
+        self._look_at_s = 0.0
+        """When to look at the members again, versions or not."""
         self._stats = BroadcastStats()
         self._thread = threading.Thread(target=self._run, name="weight-publisher", daemon=True)
         self._thread.start()
@@ -129,7 +131,7 @@ class GroupPublisher:
     def _turn(self) -> bool:
         """One version, or a look at the members. False: the end."""
         try:
-            blob = self._jobs.get(timeout=self._settings.check_period_s)
+            blob = self._jobs.get(timeout=max(0.0, self._look_at_s - time.monotonic()))
         except queue.Empty:
             self._look_after_group()
             return True
@@ -139,6 +141,7 @@ class GroupPublisher:
 
     def _look_after_group(self) -> None:
         """Form a group when the members are not those of the plan, once they have been the same for a period."""
+        self._look_at_s = time.monotonic() + self._settings.check_period_s
         members = self._board.ask_now("members", timeout_s=0.0)
         settled, self._seen = members == self._seen, members
         with self._lock:
@@ -177,9 +180,12 @@ class GroupPublisher:
         except GroupBrokenError as error:
             said = self._board.ask_now("wait_joined", plan.epoch, 0.0, timeout_s=0.0)
             gone = gone or (said.missing if said is not None else ())
-            self._failed(f"weight group {plan.epoch} did not form", plan=plan, gone=gone, error=error)
             leader.close()
+            self._failed(f"weight group {plan.epoch} did not form", plan=plan, gone=gone, error=error)
             return
+        except DeadlineError:
+            leader.close()
+            raise
         _log.info("weight group %d formed: %d members", plan.epoch, len(plan.offsets))
         self._leader, self._failed_in_a_row = leader, 0
         with self._lock:
@@ -188,8 +194,19 @@ class GroupPublisher:
 
     def _send(self, blob: WeightBlob) -> None:
         plan, leader = self._plan, self._leader
-        assert plan is not None
-        assert leader is not None
+        try:
+            if plan is None or leader is None:  # dropped after the version was offered: let no member wait for it
+                epoch = self._board.ask_now("plan_epoch", timeout_s=0.0)
+                self._board.ask_now("end_plan", epoch, (), timeout_s=0.0)
+            else:
+                self._send_through(blob, plan=plan, leader=leader)
+        finally:
+            with self._lock:
+                self._busy = False
+            if self._plan is None:
+                self._drop_group()
+
+    def _send_through(self, blob: WeightBlob, *, plan: GroupPlan, leader: GroupLeader) -> None:
         try:
             self._broadcast(blob, plan=plan, leader=leader)
         except _UnansweredError as error:
@@ -199,11 +216,6 @@ class GroupPublisher:
             said = self._reports(plan, blob.version)
             gone = () if said is None else said.missing
             self._failed(f"broadcasting version {blob.version} failed", plan=plan, gone=gone, error=error)
-        finally:
-            with self._lock:
-                self._busy = False
-            if self._plan is None:
-                self._drop_group()
 
     def _broadcast(self, blob: WeightBlob, *, plan: GroupPlan, leader: GroupLeader) -> None:
         settings, version = self._settings, blob.version

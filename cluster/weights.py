@@ -72,6 +72,14 @@ class AdapterInfo:
     target_modules: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class SharedBytes:
+    """A version's bytes that stay with their publisher, for a reader on the same device (cluster/weight_sharing.py)."""
+
+    location: str
+    size_bytes: int
+
+
 @dataclass(frozen=True, eq=False)
 class WeightBlob:
     """One policy version, contiguous. `buffer` may be read-only shared memory: nobody writes to it.
@@ -85,6 +93,13 @@ class WeightBlob:
     buffer: Bytes
     probe: Probe | None = None
     adapter: AdapterInfo | None = None
+    shared: SharedBytes | None = None
+    """Where the bytes are, when they are not in `buffer`, which then is empty."""
+
+    @property
+    def transport(self) -> Transport:
+        """How its bytes come to an engine."""
+        return "object_store" if self.shared is None else "ipc"
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -93,7 +108,7 @@ class WeightBlob:
 
     @property
     def size_bytes(self) -> int:
-        return len(self.buffer)
+        return len(self.buffer) if self.shared is None else self.shared.size_bytes
 
 
 class WeightChannel(Protocol):
@@ -150,24 +165,41 @@ def pack(
     if version < 0:
         raise WeightSyncError("a policy version cannot be negative", got=str(version), do="count versions from 0")
     tensors = [(name, tensor.detach().to("cpu").contiguous()) for name, tensor in named_tensors]
-    if len({name for name, _ in tensors}) != len(tensors):
-        raise WeightSyncError("a tensor name occurs twice", got=f"version {version}", do="yield each parameter once")
-    manifest, size = [], 0
+    manifest, size = lay_out(tensors)
+    buffer = np.zeros(size, dtype=np.uint8)
+    copy_entries(tensors, manifest, torch.from_numpy(buffer))
+    buffer.flags.writeable = False
+    return WeightBlob(version=version, manifest=manifest, buffer=buffer, probe=probe, adapter=adapter)
+
+
+def lay_out(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[tuple[TensorEntry, ...], int]:
+    """(where each tensor goes in a packed buffer, the buffer's size in bytes). Raises WeightSyncError on a repeated
+    name."""
+    manifest, size, names = [], 0, set()
     for name, tensor in tensors:
+        if name in names:
+            raise WeightSyncError("a tensor name occurs twice", got=name, do="yield each parameter once")
+        names.add(name)
         dtype = str(tensor.dtype).removeprefix("torch.")
         manifest.append(TensorEntry(name=name, dtype=dtype, shape=tuple(tensor.shape), offset_bytes=size))
         size += -(-tensor.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
-    buffer = np.zeros(size, dtype=np.uint8)
-    target = torch.from_numpy(buffer)
+    return tuple(manifest), size
+
+
+def copy_entries(
+    tensors: Iterable[tuple[str, torch.Tensor]], manifest: Iterable[TensorEntry], storage: torch.Tensor
+) -> None:
+    """Copy tensors to their places in `storage` (uint8), on whatever device each lies."""
+    import torch
+
     for entry, (_, tensor) in zip(manifest, tensors, strict=True):
-        raw = tensor.reshape(-1).view(torch.uint8)
-        target[entry.offset_bytes : entry.offset_bytes + len(raw)].copy_(raw)
-    buffer.flags.writeable = False
-    return WeightBlob(version=version, manifest=tuple(manifest), buffer=buffer, probe=probe, adapter=adapter)
+        raw = tensor.detach().reshape(-1).view(torch.uint8)
+        storage[entry.offset_bytes : entry.offset_bytes + len(raw)].copy_(raw)
 
 
 def unpack(blob: WeightBlob) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of each entry, as views of the buffer: no copy, valid as long as the buffer, never written to.
+    For a blob with its bytes in it; others: cluster.weight_sharing.open_shared.
 
     Raises WeightSyncError when the manifest does not fit the buffer.
     """
@@ -178,15 +210,19 @@ def unpack_entries(manifest: Iterable[TensorEntry], buffer: Bytes) -> Iterator[t
     """`unpack` for a manifest and a buffer that travelled apart."""
     import torch
 
-    storage = torch.from_numpy(writable_view(buffer))
+    return unpack_storage(manifest, torch.from_numpy(writable_view(buffer)))
+
+
+def unpack_storage(manifest: Iterable[TensorEntry], storage: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """`unpack_entries` for a buffer (uint8) on any device."""
     for entry in manifest:
         dtype = _torch_dtype(entry)
         size_bytes = int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize
         end_bytes = entry.offset_bytes + size_bytes
-        if not 0 <= entry.offset_bytes <= end_bytes <= len(buffer):
+        if not 0 <= entry.offset_bytes <= end_bytes <= len(storage):
             raise WeightSyncError(
                 f"tensor {entry.name} lies outside the weight buffer",
-                got=f"bytes {entry.offset_bytes} to {end_bytes} of {len(buffer)}",
+                got=f"bytes {entry.offset_bytes} to {end_bytes} of {len(storage)}",
                 do="publish the version again",
             )
         yield entry.name, storage[entry.offset_bytes : end_bytes].view(dtype).view(entry.shape)

@@ -3,7 +3,8 @@
 Consumes: a blob in host memory, copied to the device tensor by tensor. Produces: the packed stream that vLLM's
 NCCLWeightTransferEngine takes apart in each engine.
 Waits: for the members in `form`, and for the device; NCCL has no deadline of its own, so the publisher gives a call up
-and `close` aborts it. Always holds: buckets have the size that the plan tells the members.
+and `close` aborts it; a group that never formed cannot be aborted: its thread waits for as long as the process lives.
+Always holds: buckets have the size that the plan tells the members; after `close` nothing more is sent.
 """
 
 from __future__ import annotations
@@ -29,10 +30,16 @@ class NcclLeader:
                 "NCCL needs a GPU in the learner's process", do="set weights.transport: object_store, or learner GPUs"
             )
         self._address, self._timeout_s = address, timeout_s
-        self._listener = socket.create_server((address, 0))
+        try:
+            self._listener = socket.create_server((address, 0))
+        except OSError as error:
+            raise GroupBrokenError(
+                "no weight group can be led from here", got=f"{address}: {error}", do="look at the node's network"
+            ) from error
         self.port: int = self._listener.getsockname()[1]
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._communicator: Any = None
+        self._closed = threading.Event()
 
     def form(self, world_size: int) -> None:
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
@@ -49,7 +56,12 @@ class NcclLeader:
             listen_socket=self._listener,
         )
         with unpinned_nccl_env():
-            self._communicator = PyNcclCommunicator(group, device=self._device)
+            communicator = PyNcclCommunicator(group, device=self._device)
+        if communicator.disabled:  # vLLM's way to say so; every broadcast would send nothing, without a word
+            raise GroupBrokenError("vLLM cannot use NCCL in the learner's process", do="see VLLM_DISABLE_PYNCCL")
+        self._communicator = communicator
+        if self._closed.is_set():
+            self.close()  # given up meanwhile
 
     def broadcast(self, blob: WeightBlob, *, bucket_bytes: int) -> Iterator[int]:
         """Yields as tensors go into buckets, from vLLM's producer in a thread of its own."""
@@ -59,6 +71,9 @@ class NcclLeader:
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in unpack(blob):
+                if self._closed.is_set():
+                    # Woken by the abort: a further call into NCCL would use a communicator that is being freed.
+                    raise GroupBrokenError("the weight group was closed")
                 yield name, tensor.to(self._device)
                 sent.put(tensor.nbytes)
 
@@ -83,7 +98,8 @@ class NcclLeader:
             yield step
 
     def close(self) -> None:
+        self._closed.set()
         self._listener.close()
-        if self._communicator is not None:
-            self._communicator.destroy()  # aborts, and so wakes whoever waits in it
-            self._communicator = None
+        communicator, self._communicator = self._communicator, None
+        if communicator is not None:
+            communicator.destroy()  # aborts, and so wakes whoever waits in it

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from cluster.weights import Bytes, StoreFeed, WeightBlob, check_newer
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_FETCH_SLICE_S: Final = 5.0
 
 
 class RayWeightBoard(WeightBoard):
@@ -51,11 +52,17 @@ class RayWeightChannel:
 
     @classmethod
     def create(cls, *, name: str | None = None, namespace: str | None = None) -> RayWeightChannel:
-        """Start a board and return its channel. The board lives as long as a handle to it, or until `close`."""
+        """Start a board on this node and return its channel. It lives as long as a handle to it, or until `close`."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        remote = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(RayWeightBoard)
-        options = {} if name is None else {"name": name, "namespace": namespace}
+        # Every engine keeps a long poll waiting: with fewer places than engines, `publish` would wait behind them.
+        remote = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=100_000)(RayWeightBoard)
+        # Beside its creator: another host can be lost without the weights.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options: dict[str, Any] = {"scheduling_strategy": here}
+        if name is not None:
+            options |= {"name": name, "namespace": namespace}
         return cls(board=remote.options(**options).remote())
 
     @classmethod
@@ -77,7 +84,7 @@ class RayWeightChannel:
         """`publish`, and whether the group of `epoch` is offered the version."""
         if blob.version < 0:
             raise WeightSyncError("a policy version cannot be negative", got=str(blob.version))
-        arguments = (blob.version, blob.manifest, blob.probe, blob.buffer, blob.adapter, epoch)
+        arguments = (blob.version, blob.manifest, blob.probe, blob.buffer, blob.adapter, epoch, blob.shared)
         obstacle, offered = self.ask_now("publish", *arguments, timeout_s=self.fetch_timeout_s)
         check_newer(blob.version, than_version=obstacle)
         return bool(offered)
@@ -101,6 +108,10 @@ class RayWeightChannel:
     def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
         del name, joiner
         return StoreFeed(self)
+
+    def lose_shared(self) -> None:
+        """For whoever saw the publisher die: what it shared with it cannot be had any more."""
+        self.ask_now("lose_shared", timeout_s=0.0)
 
     def close(self) -> None:
         """Stop the board. For whoever created it; later calls on any copy of the channel raise WeightSyncError."""
@@ -133,19 +144,38 @@ class RayWeightChannel:
             raise _board_gone(error) from error
 
     async def fetch(self, notice: Notice) -> WeightBlob | None:
-        """The notice's blob, or None when the board died before the payload came here."""
-        import ray
+        """The notice's blob, or a newer one; None when the board died before the payload came here.
 
+        A payload that a newer version has replaced may be freed while it is on its way here, and Ray then lets its
+        readers wait for minutes: so the board is asked again every few seconds, and its newest notice followed.
+        """
+        deadline_s = time.monotonic() + self.fetch_timeout_s
+        arrival = asyncio.ensure_future(_payload(notice))
         try:
-            buffer = await _within(
-                notice.payload[0], timeout_s=self.fetch_timeout_s, what=f"fetching weights {notice.version}"
-            )
-        except ray.exceptions.ObjectLostError as error:
-            _log.warning("weights %d were lost with the board, waiting for newer ones: %s", notice.version, error)
-            return None
-        if not isinstance(buffer, np.ndarray) or buffer.dtype != np.uint8:
-            raise WeightSyncError(f"weights {notice.version} are no byte array", got=str(type(buffer)))
-        return notice.blob(buffer)
+            while not (await asyncio.wait((arrival,), timeout=_FETCH_SLICE_S))[0]:
+                if time.monotonic() > deadline_s:
+                    raise _late(f"fetching weights {notice.version}", self.fetch_timeout_s)
+                newest: Notice | None = await self.ask("latest", timeout_s=0.0)
+                if newest is not None and newest.version > notice.version:
+                    _log.info("weights %d were replaced on their way here, taking %d", notice.version, newest.version)
+                    arrival.cancel()
+                    notice, arrival = newest, asyncio.ensure_future(_payload(newest))
+            return arrival.result()
+        finally:
+            arrival.cancel()
+
+
+async def _payload(notice: Notice) -> WeightBlob | None:
+    import ray
+
+    try:
+        buffer = await notice.payload[0]
+    except ray.exceptions.ObjectLostError as error:
+        _log.warning("weights %d were lost with the board, waiting for newer ones: %s", notice.version, error)
+        return None
+    if not isinstance(buffer, np.ndarray) or buffer.dtype != np.uint8:
+        raise WeightSyncError(f"weights {notice.version} are no byte array", got=str(type(buffer)))
+    return notice.blob(buffer)
 
 
 async def _within(answer: Awaitable[_T], *, timeout_s: float, what: str) -> _T:

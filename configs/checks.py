@@ -22,7 +22,9 @@ _MAX_ADAPTER_RANK = 512
 
 def cross_check(config: RunConfig, *, where: str = "configuration") -> None:
     """Raises ConfigError listing every contradiction in `config`."""
-    checks = (_finite, _stages, _model, _data, _references, _batches, _kl, _optimisers, _times, _resources)
+    checks = (
+        _finite, _stages, _model, _data, _taken_as_is, _references, _batches, _kl, _optimisers, _times, _resources,
+    )  # fmt: skip
     problems = [problem for check in checks for problem in check(config)]
     if problems:
         count = f"{len(problems)} contradiction{'s' if len(problems) > 1 else ''} between settings"
@@ -79,18 +81,27 @@ def _data(config: RunConfig) -> Iterator[str]:
     tables = [name for name in ("preferences", "prompts", "sft") if getattr(data, name) is not None]
     if data.world is not None and tables:
         yield f"data.world makes all data itself, but data.{tables[0]} is set as well; keep one of them"
+    needed = ("prompts", "sft") if config.sft.epochs else ("prompts",)
     if data.world is None and not tables:
-        yield "data: no source; set data.world, data.preferences, or data.prompts and data.sft"
+        yield f"data: no source; set data.world, data.preferences, or {' and '.join(f'data.{name}' for name in needed)}"
     if data.world is None and tables and data.preferences is None:
         yield from (
             f"data.{name} is missing: without data.preferences it has nothing to come from"
-            for name in ("prompts", "sft")
+            for name in needed
             if name not in tables
         )
     if data.preferences is None and config.collect.judge is None and {"collect", "rm"} & set(config.stages):
         yield "collect.judge is missing: with no data.preferences, pairs are sampled from the policy and need a judge"
     if data.world is None and tables and data.eval_fraction in (0.0, 1.0) and "evaluate" in config.stages:
         yield f"data.eval_fraction = {data.eval_fraction:g}: leaves no prompts to evaluate, or none to train on"
+
+
+def _taken_as_is(config: RunConfig) -> Iterator[str]:
+    rm = config.rm
+    if config.sft.epochs == 0.0 and isinstance(config.model, NewModel):
+        yield "sft.epochs = 0 takes the model as it is, but one of model.kind = new has learned nothing; train it"
+    if rm.models and rm.members not in (1, len(rm.models)):
+        yield f"rm.members = {rm.members}, but rm.models names {len(rm.models)}; leave rm.members out"
 
 
 def _references(config: RunConfig) -> Iterator[str]:

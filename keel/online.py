@@ -11,6 +11,7 @@ from cluster.files import JsonlTail, atomic_write_text
 from cluster.supervise import RolePool
 from keel.evaluate import evaluate_policy
 from keel.interrupt import InterruptedRun
+from keel.living import config_of
 from keel.overseer import Overseer
 from keel.roles import Roles
 from keel.runtime import Runtime
@@ -25,13 +26,20 @@ _STATUS_TIMEOUT_S = 5.0
 def run_online(runtime: Runtime, roles: Roles) -> None:
     """Run PPO to its end. On a stop request the learner finishes its step and saves; raises InterruptedRun then."""
     config = runtime.config
-    trackers = open_trackers(config.metrics.trackers, run_dir=runtime.run.path, config=config.model_dump(mode="json"))
+    # As it lies on disk: a tracker may be another's server, and redis.url may hold a password.
+    shown = config_of(runtime.run.path).model_dump(mode="json")
+    trackers = open_trackers(config.metrics.trackers, run_dir=runtime.run.path, config=shown)
     runtime.on_exit(trackers.close)
     runtime.run.emit(stage="ppo", event="progress", note="starting roles")
     started_s = time.monotonic()
     sft_model = runtime.run.path / "sft" / "model"
-    rollout, reward, learner = roles.rollout(sft_model), roles.reward(), roles.learner()
-    for pool in (rollout, reward, learner):
+    # Room for the learner first: Ray gives a single process the emptiest node, which is the one that the ranks fit on
+    # together, and would then spread them over what is left.
+    assert roles.channel is not None  # There before the roles that use it, and so closed after them.
+    learner = roles.learner()
+    learner.wait_placed(runtime.tick)
+    rollout, reward = roles.rollout(sft_model), roles.reward()
+    for pool in (rollout, reward):
         pool.wait_placed(runtime.tick)
     for pool in (rollout, reward):
         pool.wait_ready(runtime.tick)

@@ -2,8 +2,9 @@
 the lock on the run's name, service discovery for Prometheus, the driver's metrics (queues, workers by state), and the
 control key, through which `keel scale` talks to the scaler.
 
-Consumes: the server. Produces: the discovery address. Waits: for nobody in the driver; the driver reads `error`, the
-scaler `request`. Who unblocks it: the client's deadlines.
+Consumes: the server. Produces: the discovery address. Waits: at the start, for the lock of a driver that was killed;
+otherwise for nobody: the driver reads `error`, the scaler `request`. Who unblocks it: the lock's time to live, the
+client's deadlines.
 Always holds: one living run a name and server; when the lock is lost, `error` says so and the run must end. What was
 asked of an earlier driver of the run is forgotten.
 """
@@ -14,12 +15,13 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from cluster.discovery import Discovery
-from cluster.errors import CodecError, KeelError, StreamError, SupervisionError
+from cluster.errors import CodecError, KeelError, RunExistsError, StreamError, SupervisionError
 from cluster.metrics import RunMetrics
 from cluster.process import node_address, start_process
 from cluster.run_redis import LOCK_TTL_S, RunRedis
@@ -27,6 +29,7 @@ from cluster.streams import StreamName
 from cluster.supervise import RolePool
 from configs.run import RunConfig
 from keel.ray_targets import ray_targets
+from keel.rundir import append_progress
 from keel.scaler import Scaler
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,8 @@ log = logging.getLogger(__name__)
 _METRICS_PERIOD_S = 2.0
 _LOCK_RENEWAL_S = LOCK_TTL_S / 4
 _CONTROL_PERIOD_S = 0.5
+_LOCK_WAIT_S = LOCK_TTL_S + 5.0
+_LOCK_POLL_S = 1.0
 Pools = Callable[[], Sequence[RolePool]]
 
 
@@ -85,7 +90,7 @@ class Overseer:
             config, role="driver", instance="0", redis_url=self._redis_url, log_dir=self._run_dir / "logs"
         ) as process:
             redis = process.redis
-            await redis.lock.acquire()
+            await self._take_lock(redis)
             await redis.control.clear()
             metrics = RunMetrics(process.registry)
             with Discovery(
@@ -113,6 +118,24 @@ class Overseer:
                     await redis.lock.release()
                 for task in done - {ending}:
                     task.result()
+
+    async def _take_lock(self, redis: RunRedis) -> None:
+        """A driver that was killed leaves its lock behind, which runs out; a living one renews it. Raises
+        RunExistsError when it has not run out in its time to live."""
+        give_up_s, told = time.monotonic() + _LOCK_WAIT_S, False
+        while True:
+            try:
+                await redis.lock.acquire()
+                return
+            except RunExistsError as error:
+                if time.monotonic() > give_up_s:
+                    raise
+                if not told:
+                    told = True
+                    note = f"waiting up to {_LOCK_WAIT_S:.0f} s for the run's lock on the queue server"
+                    append_progress(self._run_dir, {"stage": "ppo", "event": "progress", "note": note})
+                    log.warning("%s: %s", note, error)
+            await asyncio.sleep(_LOCK_POLL_S)
 
     async def _keep_lock(self, redis: RunRedis) -> None:
         """Renew the lock for ever. A server that is away is waited for, as the learner and the workers do, which end

@@ -129,6 +129,19 @@ def make_plan(
     )
 
 
+def impossible_anywhere(config: RunConfig) -> tuple[Finding, ...]:
+    """What no cluster can run: of an engine, as far as settings and a model that can be read from here tell."""
+    try:
+        architecture = architecture_of(config.model)
+    except ModelError:
+        return ()
+    nowhere = ClusterView(nodes=())
+    if all(role.name != "rollout" for role in _roles(architecture, config, nowhere)):
+        return ()
+    findings = plan_checks.engine_findings(architecture, config, cluster=nowhere)
+    return tuple(finding for finding in findings if finding.severity == "impossible")
+
+
 def unplaceable(config: RunConfig, *, cluster: ClusterView, used_bytes: int = 0) -> str | None:
     """Why the configured stages cannot run there, with the whole table; None when they can. A model that cannot be read
     is left to the stage that reads it, whose error says more."""
@@ -273,7 +286,7 @@ def _size_findings(
     if "learner" in names:
         yield from plan_checks.sharing_findings(assignment, config=config)
         yield from plan_checks.colocation_findings(architecture, config, cluster=cluster)
-        yield from plan_checks.store_findings(architecture, config, cluster=cluster)
+        yield from plan_checks.store_findings(architecture, config, assignment=assignment, cluster=cluster)
         yield from plan_checks.disk_findings(architecture, config, cluster=cluster, used=used_bytes)
 
 

@@ -21,18 +21,20 @@ from cluster.footprint import (
     reward_worker,
 )
 from configs.run import LoraSection, RunConfig
-from keel.plan_placement import Assignment, Process
+from keel.plan_placement import Assignment, NodeLoad, Process
 from keel.plan_view import ClusterView
 
 TIGHT: Final = 0.92
 """Share of a memory above which a plan is tight: the estimates are good to about a tenth, fragmentation included."""
 _MOST_RANKS: Final = 1025
-STORED_VERSIONS: Final = 2
-"""Policy versions in the object store: the newest and, while readers hold it, the one before."""
-_PASSING_VERSIONS: Final = 3
-"""While a version is published it lies there twice, once as the learner's and once as the board's."""
 _RAY_REFUSES_SLOW_STORE_BYTES: Final = 10**10
 """Above this size Ray does not start where /dev/shm is too small; below, it uses the disk."""
+
+
+_TRAINED_ELSEWHERE: Final = {
+    "sft": "sft.epochs=0, with a model.path that has had its fine-tuning elsewhere",
+    "rm": "rm.models=[DIRECTORY] of a reward model trained elsewhere",
+}
 
 
 @dataclass(frozen=True)
@@ -254,20 +256,24 @@ def reward_findings(architecture: Architecture, config: RunConfig, *, cluster: C
     severity = _over(needed, have) if config.reward.gpus_per_worker else None
     if severity is None or have is None:
         return
+
+    def fits(**settings: Any) -> bool:
+        return reward_worker(architecture, changed(config, **settings)).gpu_bytes <= TIGHT * have
+
     fixes = []
     budget = _largest(
-        config.max_sequence_tokens, config.reward.token_budget,
-        fits=lambda n: reward_worker(architecture, changed(config, reward__token_budget=n)).gpu_bytes <= TIGHT * have,
-    )  # fmt: skip
+        config.max_sequence_tokens, config.reward.token_budget, fits=lambda tokens: fits(reward__token_budget=tokens)
+    )
     if budget is not None:
         fixes.append(f"reward.token_budget={budget}")
-    if config.rm.members > 1:
-        fixes.append("rm.members=1")
-    yield Finding(
-        severity, "reward",
-        f"{config.rm.members} reward model(s) and the reference in float32 need {gib(needed)}, a GPU has {gib(have)}",
-        " or ".join(fixes) or "a smaller model, or GPUs with more memory",
-    )  # fmt: skip
+    if config.reward.dtype == "float32" and fits(reward__dtype="bfloat16"):
+        fixes.append("reward.dtype=bfloat16")
+    members = config.rm.ensemble
+    if members > 1:
+        fixes.append("one of rm.models" if config.rm.models else "rm.members=1")
+    models = f"{members} reward model(s) and the reference in {config.reward.dtype}"
+    what = f"{models} need {gib(needed)}, a GPU has {gib(have)}"
+    yield Finding(severity, "reward", what, " or ".join(fixes) or "a smaller model, or GPUs with more memory")
 
 
 def stage_findings(architecture: Architecture, config: RunConfig, *, cluster: ClusterView) -> Iterator[Finding]:
@@ -281,12 +287,15 @@ def stage_findings(architecture: Architecture, config: RunConfig, *, cluster: Cl
         severity = _over(needed, have)
         if stage not in config.stages or severity is None:
             continue
+        if stage == "rm" and config.rm.models:
+            what = f"measuring a reward model in {config.reward.dtype} needs {gib(needed)}, its one GPU has {gib(have)}"
+            fix = "reward.dtype=bfloat16" if config.reward.dtype == "float32" else "a smaller reward model"
+            yield Finding(severity, stage, what, fix)
+            continue
         batch_size = config.sft.batch_size if stage == "sft" else config.rm.batch_size
         size = _largest(1, batch_size, fits=functools.partial(_stage_fits, architecture, config, stage, have))
-        directory = "sft/model" if stage == "sft" else "rm"
-        elsewhere = f"train it elsewhere, put it into {config.run_dir}/{directory}, and leave {stage} out of `stages`"
         what = f"one process with float32 AdamW needs {gib(needed)} for the longest batch, its one GPU has {gib(have)}"
-        yield Finding(severity, stage, what, f"{stage}.batch_size={size}" if size else elsewhere)
+        yield Finding(severity, stage, what, f"{stage}.batch_size={size}" if size else _TRAINED_ELSEWHERE[stage])
 
 
 def _stage_fits(
@@ -353,24 +362,39 @@ def host_findings(assignment: Assignment, *, offline: Iterable[tuple[str, Footpr
         severity = _over(footprint.host_bytes, largest) if largest else None
         if severity is not None:
             what = f"its process needs {gib(footprint.host_bytes)} of host memory, a node has {gib(largest)}"
-            yield Finding(severity, stage, what, f"lower {stage}.batch_size, or a node with more memory")
+            fix = f"lower {stage}.batch_size where it trains, or a node with more memory"
+            yield Finding(severity, stage, what, fix)
 
 
-def store_findings(architecture: Architecture, config: RunConfig, *, cluster: ClusterView) -> Iterator[Finding]:
-    """The object store against the versions that lie in it, and against the memory that it lies in."""
+def _versions_stored(node: NodeLoad) -> tuple[int, int]:
+    """(At least, with ease) how many policy versions a node's object store must hold. On the driver's node the board
+    has the newest and, while readers hold it, the one before; during an update also what the learner sent. Elsewhere
+    lies what the learner sends, or what an engine reads and, for a while, the one after."""
+    if node.view.driver:
+        return 2, 3
+    return (1, 2) if {"learner", "rollout"} & set(node.roles) else (0, 0)
+
+
+def store_findings(
+    architecture: Architecture, config: RunConfig, *, assignment: Assignment, cluster: ClusterView
+) -> Iterator[Finding]:
+    """The object stores against the versions that lie in them, and against the memory that they lie in."""
     payload = payload_bytes(architecture, config)
-    stores = [node.object_store_bytes for node in cluster.nodes if node.object_store_bytes]
-    smallest = min(stores, default=None)
-    if smallest is not None and smallest < _PASSING_VERSIONS * payload:
-        severity: Literal["impossible", "tight"] = "impossible" if smallest < STORED_VERSIONS * payload else "tight"
-        mib = -(-_PASSING_VERSIONS * payload // MIB) * 11 // 10
-        where = "ray start --object-store-memory on the nodes" if cluster.joined else f"ray.object_store_mib={mib}"
+    short = []
+    for load in assignment.nodes:
+        least, easy = _versions_stored(load)
+        have = load.view.object_store_bytes
+        if have and have < easy * payload:
+            short.append((have >= least * payload, have, load.view.name, easy))
+    if short:
+        enough, have, name, easy = min(short)
+        mib = -(-easy * payload // MIB) * 11 // 10
+        there = f"ray start --object-store-memory={mib * MIB} on that node"
+        where = there if cluster.joined else f"ray.object_store_mib={mib}"
         adapter = "" if config.learner.lora is None else " or learner.lora.broadcast=adapter"
-        yield Finding(
-            severity, "object store",
-            f"{gib(smallest)} for policy versions of {gib(payload)} (float32): two lie there, three during an update",
-            f"{where}{adapter}" + (f" ({gib(mib * MIB)})" if cluster.joined else ""),
-        )  # fmt: skip
+        versions = f"policy versions of {gib(payload)} ({config.rollout.dtype})"
+        what = f"{gib(have)} on {name} for {versions}: up to {easy} lie there during an update"
+        yield Finding("tight" if enough else "impossible", "object store", what, where + adapter)
     for node in cluster.nodes:
         store, shm = node.object_store_bytes, node.shm_bytes
         if store and shm is not None and shm < store and not cluster.joined:  # a store that runs has its room

@@ -146,9 +146,9 @@ def _facts(plan: Plan) -> list[Text]:
     if plan.sync is not None and any(role.name == "learner" for role in plan.roles):
         sync = plan.sync
         lines.append(
-            f"weight update: {gib(sync.bytes_per_engine)} ({sync.content}, float32) to each of {sync.engines} engines "
-            f"by {sync.transport}: about {sync.seconds:.2g} s, at {MEMORY_BYTES_PER_S / 1e9:g} GB/s in host memory, "
-            f"{DEVICE_BYTES_PER_S / 1e9:g} GB/s between GPUs and the given network"
+            f"weight update: {gib(sync.bytes_per_engine)} ({sync.content}, {config.rollout.dtype}) to each of "
+            f"{sync.engines} engines by {sync.transport}: about {sync.seconds:.2g} s, at {MEMORY_BYTES_PER_S / 1e9:g} "
+            f"GB/s in host memory, {DEVICE_BYTES_PER_S / 1e9:g} GB/s between GPUs and the given network"
         )
     disk = plan.disk
     if disk is not None:

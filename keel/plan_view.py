@@ -41,6 +41,8 @@ class NodeView:
     object_store_bytes: int | None = None
     shm_bytes: int | None = None
     has_run_dir: bool | None = None
+    driver: bool = False
+    """This process is there, and with it what the driver starts beside itself."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class ClusterView:
             memory_bytes=_memory_limit(),
             object_store_bytes=config.ray.object_store_mib << 20,
             shm_bytes=_shm_bytes(),
+            driver=True,
         )
         return cls(nodes=(node,), disk_free_bytes=disk_free_bytes(config.runs_dir))
 
@@ -88,7 +91,8 @@ class ClusterView:
         without it nothing is started, and these are not known.
         """
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        views = {node["NodeID"]: _node_view(node) for node in nodes}
+        own_id = ray.get_runtime_context().get_node_id()
+        views = {node["NodeID"]: replace(_node_view(node), driver=node["NodeID"] == own_id) for node in nodes}
         if run_dir is not None:
             views |= _probed(ray, views, run_dir=run_dir.resolve())
         free = None if run_dir is None else disk_free_bytes(run_dir)

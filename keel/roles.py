@@ -13,6 +13,7 @@ from cluster.group import INPUT_ERRORS
 from cluster.supervise import Role, RolePool
 from keel.ray_environment import torch_environment
 from keel.runtime import Runtime
+from keel.shared_gpu import SharedGpu, nothing
 from learner.learner_actor import LearnerActor, LearnerSpec
 from reward_service.reward_actor import RewardActor, RewardSpec
 
@@ -30,6 +31,7 @@ class Roles:
         self._runtime = runtime
         self._pools: dict[str, RolePool] = {}
         self._channel: Any = None
+        self._shared_gpu: SharedGpu | None = None
         self._headcount = (0, 0)
 
     @property
@@ -47,9 +49,18 @@ class Roles:
             self._runtime.on_exit(self._channel.close)
         return self._channel
 
+    @property
+    def shared_gpu(self) -> SharedGpu | None:
+        """What learner and engine share, where they take turns on one GPU."""
+        if self._shared_gpu is None and self._runtime.config.placement.colocate:
+            assert self._runtime.ray is not None
+            self._shared_gpu = SharedGpu.create(self._runtime.config, channel=self.channel)
+            self._runtime.on_exit(self._shared_gpu.turns.close)
+        return self._shared_gpu
+
     def rollout(self, model_dir: Path) -> RolePool:
         """The rollout actors; started with the weights in `model_dir` when they are not up yet."""
-        config, channel = self._runtime.config, self.channel
+        config, channel, shared = self._runtime.config, self.channel, self.shared_gpu
 
         def spec(index: int, incarnation: int) -> RolloutSpec:
             return RolloutSpec(
@@ -60,10 +71,13 @@ class Roles:
                 channel=channel,
                 index=index,
                 incarnation=incarnation,
+                turns=None if shared is None else shared.turns,
             )
 
         role = Role(
             name="rollout",
+            room=None if shared is None else shared.room,
+            replaced=nothing if shared is None else shared.engine_replaced,
             process=RolloutActor,
             spec=spec,
             cpus=config.rollout.cpus_per_actor,
@@ -108,7 +122,7 @@ class Roles:
 
     def learner(self) -> RolePool:
         """The learner's ranks. When one dies, all are replaced and go on from the newest checkpoint."""
-        config = self._runtime.config
+        config, shared = self._runtime.config, self.shared_gpu
 
         def spec(index: int, incarnation: int) -> LearnerSpec:
             return LearnerSpec(
@@ -119,10 +133,13 @@ class Roles:
                 rank=index,
                 world_size=config.learner.ranks,
                 incarnation=incarnation,
+                turns=None if shared is None else shared.turns,
             )
 
         role = Role(
             name="learner",
+            room=None if shared is None else shared.room,
+            replaced=nothing if shared is None else shared.learner_replaced,
             process=LearnerActor,
             spec=spec,
             cpus=config.learner.cpus_per_rank,
@@ -147,6 +164,11 @@ class Roles:
             self._note_headcount()
             self._runtime.check_server()
             self._runtime.refresh()
+
+    def clear_gpu(self) -> None:
+        """An offline stage needs the GPU that the engine has meanwhile: stop it; the next stage that asks starts it."""
+        if self._runtime.config.placement.colocate:
+            self.stop("rollout")
 
     def stop(self, *names: str) -> None:
         """Stop the named roles."""

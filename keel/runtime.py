@@ -136,6 +136,7 @@ class Runtime:
                 ) from error
         else:
             ray.init(
+                address="local",  # whatever other Ray there is on this machine
                 num_cpus=self.config.ray.num_cpus or max(os.cpu_count() or 1, _cpus_needed(self.config)),
                 include_dashboard=False,
                 object_store_memory=self.config.ray.object_store_mib << 20,

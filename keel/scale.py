@@ -1,14 +1,15 @@
 """`keel scale`: ask a run that goes on for another number of rollout actors, and wait for its answer.
 
 Consumes: the run's reports. Produces: one request. Waits: for the run to carry it out or to refuse it. Who unblocks it:
-the run's driver, or the deadline. Always holds: nothing is changed in a run that is not online.
+the run's driver, its end, another request in this one's place, or the deadline. Always holds: nothing is changed in a
+run that is not online.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from cluster.control import Control, ScaleReport, ScaleRequest
@@ -39,11 +40,28 @@ async def _scale(
 ) -> ScaleReport:
     async with connect(run_dir, config, given=redis_url) as redis:
         await _check_online(redis, config)
-        return await ask(redis.control, ScaleRequest(actors), timeout_s=deadline_s(config), say=say)
+        return await ask(
+            redis.control,
+            ScaleRequest(actors),
+            timeout_s=deadline_s(config),
+            say=say,
+            check_online=lambda: _check_online(redis, config),
+        )
 
 
-async def ask(control: Control, request: ScaleRequest, *, timeout_s: float, say: Callable[[str], None]) -> ScaleReport:
-    """Send `request` and see it through."""
+async def _assumed() -> None:
+    pass
+
+
+async def ask(
+    control: Control,
+    request: ScaleRequest,
+    *,
+    timeout_s: float,
+    say: Callable[[str], None],
+    check_online: Callable[[], Awaitable[None]] = _assumed,
+) -> ScaleReport:
+    """Send `request` and see it through. `check_online` raises when the run has ended."""
     await control.ask(request)
     until_s, said = time.monotonic() + timeout_s, ""
     while time.monotonic() < until_s:
@@ -56,12 +74,27 @@ async def ask(control: Control, request: ScaleRequest, *, timeout_s: float, say:
                 said = report.note
             if report.state == "done":
                 return report
+        else:
+            await _check_stands(control, request)
+        await check_online()
         await asyncio.sleep(_POLL_S)
     raise DeadlineError(
         "the run did not finish scaling",
         got=f"{said or 'no answer'} after {timeout_s:.0f} s",
         do="the request stands; see the run's logs/driver-0.log",
     )
+
+
+async def _check_stands(control: Control, request: ScaleRequest) -> None:
+    """Raise SupervisionError when nobody will answer `request`: another took its place, or the run's driver, which
+    forgets what was asked of the one before it, is a new one."""
+    newest = await control.asked()
+    if newest is None or newest.number != request.number:
+        raise SupervisionError(
+            "the request was dropped",
+            got="the run was started again" if newest is None else "another request came after it",
+            do="see the run's logs/driver-0.log, and ask again",
+        )
 
 
 def deadline_s(config: RunConfig) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from cluster.control import ScaleReport, ScaleRequest
@@ -53,7 +53,7 @@ class Scalable(Protocol):
 @dataclass(frozen=True)
 class _Change:
     number: str
-    """Of the request; "" for a decision of autoscaling."""
+    """Of the request that waits for it; "" when none does: a decision of autoscaling, or a number handed back."""
     before: int
     target: int
 
@@ -110,6 +110,8 @@ class Scaler:
             return
         self._by_hand = False
         self._autoscaler.changed(now_s=self._clock())
+        if self._change is not None:
+            self._change = replace(self._change, number="")  # It goes on; its reports would hide the answer.
         self._note("scale", "autoscaling goes on")
         self._tell(request.number, "done", "autoscaling goes on")
 
@@ -164,9 +166,11 @@ class Scaler:
             self.decisions["add" if decision.change > 0 else "remove"] += 1
             target = self._pool.wanted + decision.change
             self._note("autoscale", f"{self._pool.wanted} → {_actors(target)}: {decision.reason}")
-            self._begin(target, number=self.report.number)
+            self._begin(target, number="")
 
     def _tell(self, number: str, state: Any, text: str) -> None:
+        if not number:
+            return
         self.report = ScaleReport(
             number=number, state=state, wanted=self._pool.wanted, running=self._pool.up, note=text
         )

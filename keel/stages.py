@@ -63,7 +63,7 @@ def collect(runtime: Runtime, roles: Roles) -> None:
 
 def rm(runtime: Runtime, roles: Roles) -> None:
     """The reward model."""
-    del roles
+    roles.clear_gpu()
     config = runtime.config
     runtime.call(
         _offline, "reward_service.rm_train:run_rm", config, runtime.run.path, threads=config.rm.threads,

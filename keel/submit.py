@@ -1,6 +1,7 @@
 """`keel submit`: a run as a job of a Ray cluster, and that job's log, state and end.
 
-The configuration is checked here, before anything is uploaded. On the cluster the job is `keel train` on the head node.
+The configuration is checked here, and refused if no cluster could run it, before anything is uploaded. On the cluster
+the job is `keel train` on the head node.
 Exit codes: 0 the job succeeded, 1 it failed, 130 it was stopped, or Ctrl-C left it running.
 """
 
@@ -20,6 +21,7 @@ from typing import Final
 import typer
 
 from cluster.errors import ConfigError
+from configs.load import load_config
 from keel.ray_environment import prepare_ray_environment
 from keel.ray_jobs import JobState, RayJobs
 from keel.submit_options import SubmitOptions
@@ -68,6 +70,7 @@ def submit(options: SubmitOptions) -> int:
 def _start(options: SubmitOptions, *, config: str) -> int:
     wanted = [parse_secret(text) for text in options.secret or []]
     env = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)} | read_env_file(options.env_file)
+    _refuse_impossible(config, overrides=options.overrides or [])
     package = plan_package(
         config,
         overrides=options.overrides or [],
@@ -87,6 +90,20 @@ def _start(options: SubmitOptions, *, config: str) -> int:
         return _follow(jobs, job)
     _say_how_to_go_on(jobs, job)
     return 0
+
+
+def _refuse_impossible(config: str, *, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for what no cluster can run; `keel train` there sees whether this one can."""
+    from keel.plan import impossible_anywhere
+
+    # As the job will read it, but with the paths of this machine.
+    findings = impossible_anywhere(load_config(config, overrides=[*overrides, "ray.address=auto"]))
+    if findings:
+        raise ConfigError(
+            f"{config}: no cluster can run this",
+            got="; ".join(f"{finding.area}: {finding.what}" for finding in findings),
+            do="; ".join(f"set {finding.do}" for finding in findings),
+        )
 
 
 def entrypoint(*, secrets: Sequence[Secret], resume: bool) -> str:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from cluster.errors import ConfigError
 from configs.load import dump_config, load_config
-from configs.run import FileSource, PretrainedModel, RunConfig, Section
+from configs.run import FileSource, PretrainedModel, RmSection, RunConfig, Section
 
 CONFIG_NAME: Final = "keel-job.yaml"
 MAX_PACKAGE_BYTES: Final = 100 << 20
@@ -107,6 +107,7 @@ def _with_local_files(package: Package) -> Package:
     run = _updated(run, data=_updated(run.data, **sources))
     if isinstance(run.model, PretrainedModel):
         run = _updated(run, model=_uploaded_model(run.model, files=files, notes=notes))
+    run = _updated(run, rm=_uploaded_reward_models(run.rm, files=files, notes=notes))
     return Package(config=run, files=files, notes=notes)
 
 
@@ -135,11 +136,32 @@ def _uploaded_model(model: PretrainedModel, *, files: dict[str, Path], notes: li
         if Path(value).is_absolute() or not Path(value).is_dir():
             notes.append(f"model.{key} is read on the cluster: {value}")
             continue
-        name = f"{_FILES}/model-{key}"
-        files.update({f"{name}/{file.relative_to(value)}": file for file in Path(value).rglob("*") if file.is_file()})
         notes.append(f"model.{key} is uploaded: {value}")
-        changed[key] = name
+        changed[key] = _uploaded_folder(Path(value), name=f"{_FILES}/model-{key}", files=files)
     return _updated(model, **changed)
+
+
+def _uploaded_reward_models(rm: RmSection, *, files: dict[str, Path], notes: list[str]) -> RmSection:
+    models: list[Path] = []
+    for number, path in enumerate(rm.models):
+        if path.is_absolute():
+            notes.append(f"rm.models.{number} is read on the cluster: {path}")
+            models.append(path)
+        elif path.is_dir():
+            notes.append(f"rm.models.{number} is uploaded: {path}")
+            models.append(Path(_uploaded_folder(path, name=f"{_FILES}/reward-model-{number}", files=files)))
+        else:
+            raise ConfigError(
+                f"rm.models.{number}: no such folder here",
+                got=str(path),
+                do="a relative path is uploaded from this folder; give an absolute one for a folder of the cluster",
+            )
+    return _updated(rm, models=tuple(models))
+
+
+def _uploaded_folder(folder: Path, *, name: str, files: dict[str, Path]) -> str:
+    files.update({f"{name}/{file.relative_to(folder)}": file for file in folder.rglob("*") if file.is_file()})
+    return name
 
 
 def _updated(section: S, **changes: object) -> S:

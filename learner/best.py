@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError
-from cluster.files import atomic_directory, remove_directory
+from cluster.files import atomic_directory, remove_directory, remove_stale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +69,7 @@ class BestPolicy:
     ) -> None:
         target, fresh = self._directory / name, self._directory / f"{name}.new"
         try:
+            remove_stale(self._directory)  # A learner killed half-way leaves as much as a model there.
             if fresh.exists():
                 remove_directory(fresh)
             with atomic_directory(fresh) as beside:

@@ -71,7 +71,8 @@ class Critic(nn.Module):
         device = next(model.parameters()).device
         self.register_buffer("value_mean", torch.tensor(float(mean), device=device))
         self.register_buffer("value_std", torch.tensor(max(float(std), MIN_STD), device=device))
-        self._packing = sequence_packing and torch.cuda.is_available() and attend_packed(model, inner_decoder(model))
+        self.packing = sequence_packing and torch.cuda.is_available() and attend_packed(model, inner_decoder(model))
+        """Whether the weights take packed sequences: found by trying them."""
         set_gradient_checkpointing(model, enabled=gradient_checkpointing)
 
     @classmethod
@@ -116,7 +117,7 @@ class Critic(nn.Module):
         """values_BT, float32; 0 on padding. The value at t has seen the prompt and the tokens before t, not token t."""
         device = batch.response_tokens_B.device
         with compute_dtype(device, self._dtype):
-            packed = self._packing and packs(device, dtype=self._dtype)
+            packed = self.packing and packs(device, dtype=self._dtype)
             states_NH = response_states(inner_decoder(self.model), batch, packed=packed)
             raw_N = named_head(self.model, "score")(states_NH)[:, 0].float()
         return to_rows((raw_N - self.value_mean) / self.value_std, batch)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.turns import Turns
 from cluster.weights import WeightChannel
 from configs.run import RunConfig
 
@@ -40,6 +41,8 @@ class LearnerSpec:
     rank: int = 0
     world_size: int = 1
     incarnation: int = 0
+    turns: Turns | None = None
+    """Of the GPU that this one rank shares with the engine."""
 
 
 class LearnerActor:
@@ -137,6 +140,7 @@ class LearnerActor:
             streams=process.redis.streams,
             channel=spec.channel,
             team=Team(trainer),
+            turns=spec.turns,
         )
         self._leading = state, Telemetry(spec.config, run_dir=self._run_dir, process=process, state=state)
         return {"step": state.step, "version": state.version}

@@ -9,6 +9,7 @@ where an earlier first rank left its address behind; rank 0 listens on its node'
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -22,7 +23,7 @@ import psutil
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from cluster.errors import SupervisionError
+from cluster.errors import StreamError, SupervisionError
 from cluster.rendezvous import Rendezvous
 from learner.ranks import GroupRanks, Ranks
 
@@ -45,7 +46,7 @@ class Place:
 
 async def meet(rendezvous: Rendezvous, *, place: Place, device: torch.device, timeout_s: float) -> Ranks:
     """Become a group with the other ranks. Raises SupervisionError, StreamError."""
-    # gloo and NCCL would otherwise go by the host's name, which on many nodes resolves to loopback.
+    # gloo would otherwise go by the host's name, which on many nodes resolves to loopback; NCCL never takes loopback.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(place.host))
     deadline_s = time.monotonic() + timeout_s
     if place.rank == 0:
@@ -57,7 +58,8 @@ async def meet(rendezvous: Rendezvous, *, place: Place, device: torch.device, ti
         GroupRanks, store, rank=place.rank, size=place.size, device=device, timeout_s=timeout_s
     )
     if place.rank == 0:
-        await rendezvous.withdraw(place.group)
+        with contextlib.suppress(StreamError):  # It is forgotten in time; the group stands and must not be left half.
+            await rendezvous.withdraw(place.group)
     log.info("rank %d of %d is in group %d", place.rank, place.size, place.group)
     return ranks
 

@@ -64,9 +64,11 @@ def _policy(config: RunConfig, run_dir: Path, ranks: Ranks) -> Policy:
     options = _options(settings) | {"lora": settings.lora}
     if ranks.rank == 0:
         policy = Policy.load(path, **options)
+        _tell_packing(policy, ranks)
     else:
         from transformers import AutoModelForCausalLM
 
+        options["sequence_packing"] = _hear_packing(ranks)
         policy = Policy(hollow_model(AutoModelForCausalLM, path), **options)
     return _placed(policy, config, ranks)
 
@@ -76,11 +78,23 @@ def _critic(config: RunConfig, run_dir: Path, ranks: Ranks, *, vocab_size: int) 
     options = _options(config.learner) | {"mean": calibration.mean, "std": calibration.std}
     if ranks.rank == 0:
         critic = Critic.load(path, vocab_size=vocab_size, **options)
+        _tell_packing(critic, ranks)
     else:
         from transformers import AutoModelForSequenceClassification
 
+        options["sequence_packing"] = _hear_packing(ranks)
         critic = Critic(hollow_model(AutoModelForSequenceClassification, path, num_labels=1), **options)
     return _placed(critic, config, ranks)
+
+
+def _tell_packing(model: Policy | Critic, ranks: Ranks) -> None:
+    """Rank 0, which alone can try its weights: whether they take packed sequences."""
+    ranks.tell(b"packed" if model.packing else b"padded")
+
+
+def _hear_packing(ranks: Ranks) -> bool:
+    """The other ranks. This waits while rank 0 reads, however large the model is: a collective has its time-out."""
+    return ranks.listen() == b"packed"
 
 
 def _options(settings: LearnerSection) -> dict[str, Any]:
@@ -94,6 +108,7 @@ def _options(settings: LearnerSection) -> dict[str, Any]:
 def _placed(model: _M, config: RunConfig, ranks: Ranks) -> _M:
     """Sharded over the ranks, or whole on this one's device."""
     if ranks.mesh is None:
-        return model.to(learner_device(config))
+        # A learner that shares its GPU begins in host memory: the first turn is the engine's.
+        return model if config.placement.colocate else model.to(learner_device(config))
     shard(model, ranks=ranks, dtype=config.learner.dtype, offload=config.learner.optimizer_offload)
     return model

@@ -64,7 +64,8 @@ class Policy(nn.Module):
         self._dtype: DtypeName = dtype
         set_gradient_checkpointing(model, enabled=False)
         self._check_head()
-        self._packing = sequence_packing and torch.cuda.is_available() and attend_packed(model, inner_decoder(model))
+        self.packing = sequence_packing and torch.cuda.is_available() and attend_packed(model, inner_decoder(model))
+        """Whether the weights take packed sequences: found by trying them."""
         self._lora = lora
         self._adapter = None if lora is None else add_adapter(model, inner_decoder(model), section=lora)
         set_gradient_checkpointing(model, enabled=gradient_checkpointing)
@@ -111,7 +112,7 @@ class Policy(nn.Module):
         temperature_N = batch.temperature_B[:, None].expand_as(valid_BT)[valid_BT]
         device = targets_N.device
         with compute_dtype(device, self._dtype):
-            packed = self._packing and packs(device, dtype=self._dtype)
+            packed = self.packing and packs(device, dtype=self._dtype)
             logprobs_N, entropy_N = target_logprobs(
                 response_states(inner_decoder(self.model), batch, packed=packed),
                 head=linear_head(self.model, "lm_head"),

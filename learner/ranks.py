@@ -149,11 +149,12 @@ class GroupRanks:
         return values
 
     def tell(self, order: bytes) -> None:
+        if self.size == 1:
+            return
         # The store says that an order comes and how long it is: waiting there has no time-out, a collective has.
         with self.bounded("an order"):
             self._store.set(self._order_key(self._orders), str(len(order)))
             self._share(torch.frombuffer(bytearray(order), dtype=torch.uint8))
-            self._store.delete_key(self._order_key(self._orders - 1))
         self._orders += 1
 
     def listen(self) -> bytes:
@@ -163,6 +164,7 @@ class GroupRanks:
                 if (failure := self._failure()) is not None:
                     raise failure
             payload = self._share(torch.empty(int(self._store.get(key)), dtype=torch.uint8))
+            self._forget(key)
         self._orders += 1
         return bytes(payload.numpy())
 
@@ -194,6 +196,14 @@ class GroupRanks:
         if len(payload):
             distributed.broadcast(payload, src=0)
         return payload
+
+    def _forget(self, key: str) -> None:
+        """The last to have heard an order takes it back: rank 0 can be orders ahead of a slow listener."""
+        heard_key = f"{key}/heard"
+        with contextlib.suppress(RuntimeError):  # The order counts all the same; the next call notices the loss.
+            if self._store.add(heard_key, 1) == self.size - 1:
+                self._store.delete_key(key)
+                self._store.delete_key(heard_key)
 
     def _has(self, key: str) -> bool:
         try:

@@ -81,6 +81,13 @@ class ScheduledAdamW:
             for key, value in self._adamw.state.get(parameter, {}).items()
         }
 
+    def move_state(self, device: torch.device) -> None:
+        """After the parameters have moved there. Gradients are dropped."""
+        self.zero_grad()
+        for state in self._adamw.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].to(device)
+
     def allocate_state(self) -> None:
         """Make the state that the first step would make, so that `state_tensors` has something to read into."""
         for parameter in self._named.values():

@@ -1,4 +1,5 @@
-"""Supervised fine-tuning on demonstrations, with TRL: the policy that PPO starts from and is held close to.
+"""Supervised fine-tuning on demonstrations, with TRL: the policy that PPO starts from and is held close to. With
+sft.epochs 0 a pretrained model is that policy, and is copied as it is.
 
 The loss covers the answer and its end-of-sequence token, not the prompt. Reads `<run_dir>/data/sft.jsonl`; writes
 `<run_dir>/sft/model` (an ordinary Hugging Face directory) and `<run_dir>/sft/report.json`.
@@ -11,12 +12,12 @@ import math
 import random
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from cluster.data_records import SFT_FILE, SftExample, data_dir, read_rows, write_atomically
-from cluster.errors import DataError, ModelError
+from cluster.errors import DataError, ModelError, NonFiniteError
 from cluster.hf_training import (
     Emit,
     FitSettings,
@@ -27,9 +28,10 @@ from cluster.hf_training import (
     trainer_arguments,
     whole_directory,
 )
+from cluster.stored_models import load_stored, stored_dtype
 from cluster.text import Rejection, encode_answer, encode_prompt, load_tokenizer
 from configs.run import DataSection, RunConfig
-from learner.model_init import make_model
+from learner.model_init import InitialModel, make_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,18 +50,21 @@ class EncodedExample(TypedDict):
 
 @dataclass(frozen=True)
 class SftReport:
-    """What SFT did. `eval_loss`: nats a token on held-out demonstrations; `perplexity`: its exponential."""
+    """What SFT did. `eval_loss`: nats a token on held-out demonstrations; `perplexity`: its exponential. Neither is
+    known of a model that was taken as it is."""
 
     examples_train: int
     examples_held_out: int
     steps: int
-    eval_loss: float
-    perplexity: float
+    eval_loss: float | None
+    perplexity: float | None
     seconds: float
+    taken_as_it_is: bool = False
 
 
 def run_sft(config: RunConfig, run_dir: Path, emit: Emit) -> SftReport:
-    """Train and save the SFT policy; the same configuration, threads and data give the same weights.
+    """Train and save the SFT policy, or take the model as it is; the same configuration, threads and data give the same
+    weights.
 
     `emit` gets {"stage": "sft", "step", "steps", "loss"} every ten steps and at the end a report with "done": True.
     Raises DataError (no demonstrations), ModelError (no model, or disk full), NonFiniteError.
@@ -67,6 +72,29 @@ def run_sft(config: RunConfig, run_dir: Path, emit: Emit) -> SftReport:
     started_s = time.monotonic()
     silence_progress_bars()
     initial = make_model(config, run_dir)
+    fitted = _train(initial, config, run_dir, emit) if config.sft.epochs else _take(initial, run_dir)
+    report = replace(fitted, seconds=time.monotonic() - started_s)
+    write_atomically(run_dir / "sft" / "report.json", json.dumps(asdict(report), indent=2).encode())
+    emit({"stage": "sft", "done": True, **asdict(report)})
+    return report
+
+
+def _take(initial: InitialModel, run_dir: Path) -> SftReport:
+    """Copy the model, its weights bit for bit. Through Transformers, so that what is copied is whole and loads."""
+    model = load_stored(initial.model_dir, kind="language model", dtype=stored_dtype(initial.model_dir))
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise NonFiniteError(
+                f"{initial.model_dir} has weights that are not finite", got=name, do="use another model"
+            )
+    model.config.use_cache = True
+    with whole_directory(run_dir / "sft" / "model", error=ModelError) as directory:
+        model.save_pretrained(directory)
+        load_tokenizer(initial.tokenizer_dir).save_pretrained(directory)
+    return SftReport(0, 0, steps=0, eval_loss=None, perplexity=None, seconds=0.0, taken_as_it_is=True)
+
+
+def _train(initial: InitialModel, config: RunConfig, run_dir: Path, emit: Emit) -> SftReport:
     tokenizer = load_tokenizer(initial.tokenizer_dir)
     train, held_out = _split(encode_examples(run_dir, data=config.data, tokenizer=tokenizer), seed=config.seed)
     settings = FitSettings(
@@ -87,17 +115,14 @@ def run_sft(config: RunConfig, run_dir: Path, emit: Emit) -> SftReport:
         with whole_directory(run_dir / "sft" / "model", error=ModelError) as directory:
             trainer.model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
-    report = SftReport(
+    return SftReport(
         examples_train=len(train),
         examples_held_out=len(held_out),
         steps=settings.steps,
         eval_loss=eval_loss,
         perplexity=math.exp(min(eval_loss, 700.0)),
-        seconds=time.monotonic() - started_s,
+        seconds=0.0,
     )
-    write_atomically(run_dir / "sft" / "report.json", json.dumps(asdict(report), indent=2).encode())
-    emit({"stage": "sft", "done": True, **asdict(report)})
-    return report
 
 
 def encode_examples(run_dir: Path, *, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[EncodedExample]:

@@ -30,7 +30,10 @@ def shard(module: nn.Module, *, ranks: Ranks, dtype: DtypeName, offload: bool) -
     assert ranks.mesh is not None
     options: dict[str, Any] = {"mesh": ranks.mesh}
     if dtype == "bfloat16":
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # Inputs are left alone: of a batch FSDP would round temperatures too, as it looks into dataclasses.
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     if offload:
         options["offload_policy"] = CPUOffloadPolicy()
     whole = dict(_detached(module)) if ranks.rank == 0 else {}

@@ -8,9 +8,11 @@ version, the prompt cursor, the random state, the ledger of outstanding tasks, s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from cluster.errors import CheckpointError
 from cluster.records import ScoredRollout
 from cluster.streams import Streams
 from cluster.text import load_tokenizer
+from cluster.turns import Turns
+from cluster.weight_sharing import SharedWeights
 from cluster.weights import Probe, WeightBlob, WeightChannel, pack
 from configs.run import RunConfig
 from learner.algo.kl import KlState
@@ -29,11 +33,12 @@ from learner.algo.normalise import ScoreNormaliser
 from learner.batch import train_batch
 from learner.best import BestPolicy
 from learner.deck import PromptDeck, TaskTemplate
+from learner.device_turns import DeviceTurns
 from learner.experience import Experience, ExperienceStats, experience_stats, normalised_scores
 from learner.intake import Intake, IntakeSettings
 from learner.kl_control import kl_budget, kl_controller
 from learner.ledger import Gate, Ledger
-from learner.models import Calibration
+from learner.models import Calibration, learner_device
 from learner.prompts import load_deck
 from learner.ranks import SOLO
 from learner.team import Team
@@ -71,15 +76,25 @@ class LearnerState:
         self.best = BestPolicy(run_dir / "policy")
         self._incarnation = incarnation
         self._channel = channel
+        self._turns: DeviceTurns | None = None
+        self._shared: SharedWeights | None = None
         self._store = CheckpointStore(run_dir / "checkpoints", keep_last=config.checkpoint.keep_last)
         self._saved_step = -1
 
     @classmethod
     def build(
-        cls, config: RunConfig, *, run_dir: Path, streams: Streams, channel: WeightChannel, team: Team | None = None
+        cls,
+        config: RunConfig,
+        *,
+        run_dir: Path,
+        streams: Streams,
+        channel: WeightChannel,
+        team: Team | None = None,
+        turns: Turns | None = None,
     ) -> LearnerState:
         """A new learner, or the one that the newest checkpoint holds. `team`: as loaded from the offline stages; left
-        out, this process alone. Raises ModelError, DataError, CheckpointError."""
+        out, this process alone. `turns`: of the GPU that it shares with the engine. Raises ModelError, DataError,
+        CheckpointError."""
         team = team or Team(Trainer(config, run_dir=run_dir, ranks=SOLO))
         state = cls(config, run_dir=run_dir, channel=channel, team=team, incarnation=uuid.uuid4().hex[:8])
         checkpoint = state._store.load() if state._store.latest() is not None else None
@@ -89,6 +104,8 @@ class LearnerState:
             ledger, position = state._restore(checkpoint)
         state.deck = load_deck(config, run_dir, position=position)
         state.intake = state._make_intake(streams, ledger)
+        if turns is not None:
+            state._share_device(turns)
         team.ready(step=state.step, version=state.version)
         return state
 
@@ -137,12 +154,35 @@ class LearnerState:
         await asyncio.to_thread(self._channel.publish, blob)
 
     def _pack(self) -> WeightBlob:
-        return pack(self.version, self.team.weights(), probe=self._probe(), adapter=self.team.adapter_info)
+        adapter, probe = self.team.adapter_info, self._probe()
+        if self._shared is not None and adapter is None:
+            return self._shared.share(self.version, self.team.weights(), probe=probe)
+        return pack(self.version, self.team.weights(), probe=probe, adapter=adapter)
 
     def _probe(self) -> Probe:
         generator = torch.Generator().manual_seed(self.version)
         token_ids = torch.randint(self.team.vocab_size, (_PROBE_TOKENS,), generator=generator)
         return Probe(token_ids=token_ids.int().numpy(), logprobs=self.team.probe_logprobs(token_ids).numpy())
+
+    # ------------------------------------------------------------ a shared GPU
+
+    def device_turn(self) -> AbstractAsyncContextManager[None]:
+        """The GPU is this learner's inside; always, where it has its own. Raises DeadlineError when the engine does not
+        give it in time."""
+        return contextlib.nullcontext() if self._turns is None else self._turns.held()
+
+    def _share_device(self, turns: Turns) -> None:
+        device, settings = learner_device(self.config), self.settings
+        self._turns = DeviceTurns(turns, self.team.move_to, device=device, timeout_s=settings.stall_timeout_s)
+        self._shared = SharedWeights(device)
+
+    async def leave_device(self) -> None:
+        """Last of all: shared weights end with this process, so the engine gets them once more, by the channel."""
+        if self._shared is not None:
+            shared, self._shared = self._shared, None
+            async with self.device_turn():
+                await self.publish_weights()
+                shared.close()
 
     # ------------------------------------------------------------ checkpoints
 

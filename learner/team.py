@@ -64,6 +64,10 @@ class Team:
         with self._ranks.bounded("probing"):
             return self._trainer.probe_logprobs(token_ids)
 
+    def move_to(self, device: torch.device) -> None:
+        """Of rank 0 alone: a learner that shares its GPU has no other."""
+        self._trainer.move_to(device)
+
     def save_model(self, directory: Path) -> None:
         self._tell(lambda: orders.SaveModel(str(directory)))
         with self._ranks.bounded("saving the policy"):

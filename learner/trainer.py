@@ -80,6 +80,18 @@ class Trainer:
         logprobs_BT, _ = policy.response_logprobs(_probe_batch(token_ids).to(compute_device(policy)))
         return logprobs_BT[0].float().cpu()
 
+    def move_to(self, device: torch.device) -> None:
+        """Weights and moments, between host memory and a GPU that others use as well; what a GPU kept for later is
+        given back. Shards stay where they are: those of a rank that shares its GPU are in host memory."""
+        if self.ranks.mesh is None:
+            trainable = self._trainable
+            trainable.policy.to(device)
+            trainable.policy_optimiser.move_state(device)
+            if trainable.critic is not None and trainable.critic_optimiser is not None:
+                trainable.critic.to(device)
+                trainable.critic_optimiser.move_state(device)
+        torch.cuda.empty_cache()  # nothing to do before the GPU's first use
+
     def save_model(self, directory: Path) -> None:
         """Rank 0 writes the policy as a Hugging Face directory; the others lend their shards."""
         self._trainable.policy.save_pretrained(directory if self.ranks.rank == 0 else None)

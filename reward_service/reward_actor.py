@@ -228,6 +228,7 @@ def _load(spec: RewardSpec) -> TransformersScorer:
         token_budget=reward.token_budget,
         threads=reward.threads,
         device="cuda" if reward.gpus_per_worker > 0 else "cpu",
+        dtype=reward.dtype,
     )
     return TransformersScorer(spec.rm_dir, reference_dir=spec.reference_dir, settings=settings)
 

@@ -1,4 +1,5 @@
-"""Reward-model training with TRL: k members, Bradley–Terry loss −log σ(r_w − r_l) plus a centring penalty.
+"""Reward-model training with TRL: k members, Bradley–Terry loss −log σ(r_w − r_l) plus a centring penalty. Or reward
+models that are taken as they are (rm.models), and measured like trained ones.
 
 Reads `<run_dir>/data/preferences.jsonl`, starts each member from `<run_dir>/sft/model` (or the run's initial model),
 and writes `<run_dir>/rm/`, complete or not at all: `member_0/…` as Hugging Face sequence-classification directories
@@ -10,6 +11,7 @@ members and share no prompt with training ones; with several members, each also 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -18,7 +20,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 CALIBRATION_PAIRS: Final = 2000
 MEMBER_LEAVES_OUT: Final = 0.1
 SCORING_BATCH: Final = 64
+"""Answers in a pass; cluster.footprint.MEASURED_ROWS."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Calibration:
 @dataclass(frozen=True)
 class RmManifest:
     """What `<run_dir>/rm/` holds. `accuracy`: of the ensemble's mean score on held-out pairs, with its 95 % Wilson
-    interval. `version` follows from the weights' bytes."""
+    interval. `version` follows from the weights' bytes. `taken_from`: where the members came from, when they were not
+    trained here; pairs_train is 0 then."""
 
     version: str
     members: int
@@ -88,14 +92,16 @@ class RmManifest:
     pairs_train: int
     pairs_held_out: int
     calibration: Calibration
+    taken_from: tuple[str, ...] = ()
 
 
 def run_rm(config: RunConfig, run_dir: Path, emit: Emit) -> RmManifest:
-    """Train all members, measure them, write the directory.
+    """Train or take all members, measure them, write the directory.
 
     `emit` gets {"stage": "rm", "member", "step", "steps", "loss"} every ten steps, at the end the manifest with
-    "done": True. Raises DataError (no or too few pairs), ModelError (no initial model, disk full, accuracy under
-    rm.min_accuracy; the refused model is then in `<run_dir>/rm.rejected`), NonFiniteError.
+    "done": True. Raises DataError (no or too few pairs), ModelError (no initial model, one of rm.models that does not
+    fit the policy, disk full, accuracy under rm.min_accuracy; the refused model is then in `<run_dir>/rm.rejected`),
+    NonFiniteError.
     """
     silence_progress_bars()
     model_dir, tokenizer_dir = _initial(config, run_dir)
@@ -106,14 +112,21 @@ def run_rm(config: RunConfig, run_dir: Path, emit: Emit) -> RmManifest:
     calibrated = pairs[:CALIBRATION_PAIRS]
     with torch_threads(config.rm.threads), whole_directory(run_dir / "rm", error=ModelError) as directory:
         held_out_scores, calibration_scores = [], []
-        for member in range(config.rm.members):
-            model = _train_member(config, model_dir, tokenizer=tokenizer, pairs=train, member=member, emit=emit)
-            model.save_pretrained(directory / f"member_{member}")
-            tokenizer.save_pretrained(directory / f"member_{member}")
+        for member in range(config.rm.ensemble):
+            target = directory / f"member_{member}"
+            if config.rm.models:
+                model = _take_member(config, model_dir, tokenizer=tokenizer, member=member, target=target)
+            else:
+                model = _train_member(config, model_dir, tokenizer=tokenizer, pairs=train, member=member, emit=emit)
+                model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
             held_out_scores.append(_pair_scores(model, held_out, pad_id=int(tokenizer.pad_token_id)))
             calibration_scores.append(_pair_scores(model, calibrated, pad_id=int(tokenizer.pad_token_id)))
+            del model  # before the next one comes
         manifest = _manifest(directory, train=train, held_out=held_out, held_out_scores=held_out_scores,
                              calibration_scores=calibration_scores)  # fmt: skip
+        if config.rm.models:
+            manifest = replace(manifest, pairs_train=0, taken_from=tuple(map(str, config.rm.models)))
         write_atomically(directory / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
         emit({"stage": "rm", "done": True, **asdict(manifest)})
         if manifest.accuracy < config.rm.min_accuracy:
@@ -205,6 +218,20 @@ def split_by_prompt(
     return train, held_out
 
 
+def _take_member(config: RunConfig, policy_dir: Path, *, tokenizer: Any, member: int, target: Path) -> Any:
+    """One of rm.models, copied to `target`; where it scores fastest and in the type that it will serve in."""
+    import torch
+
+    from reward_service.rm_take import take_member
+
+    model = take_member(
+        config.rm.models[member], target=target, policy_dir=policy_dir, tokenizer=tokenizer,
+        max_sequence_tokens=config.max_sequence_tokens,
+    )  # fmt: skip
+    device = "cuda" if config.learner.on_gpu and torch.cuda.is_available() else "cpu"
+    return model.to(device, getattr(torch, config.reward.dtype))
+
+
 def _train_member(
     config: RunConfig, model_dir: Path, *, tokenizer: Any, pairs: Sequence[EncodedPair], member: int, emit: Emit
 ) -> Any:
@@ -280,6 +307,7 @@ def score_sequences(model: Any, sequences: Sequence[Sequence[int]], *, pad_id: i
     scores = [0.0] * len(sequences)
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     backbone = getattr(model, model.base_model_prefix)
+    head = copy.deepcopy(model.score).float()  # in 16 bit, close scores would become equal ones
     for start in range(0, len(by_length), SCORING_BATCH):
         picked = by_length[start : start + SCORING_BATCH]
         lengths = torch.tensor([len(sequences[i]) for i in picked])
@@ -292,7 +320,7 @@ def score_sequences(model: Any, sequences: Sequence[Sequence[int]], *, pad_id: i
                 input_ids=ids_BL.to(model.device), attention_mask=mask_BL.long().to(model.device), use_cache=False
             ).last_hidden_state
             last_BD = hidden_BLD[torch.arange(len(picked)), (lengths - 1).to(hidden_BLD.device)]
-            values: list[float] = model.score(last_BD)[:, 0].float().tolist()
+            values: list[float] = head(last_BD.float())[:, 0].tolist()
         for i, value in zip(picked, values, strict=True):
             scores[i] = value
     if not all(map(math.isfinite, scores)):

@@ -10,6 +10,7 @@ never from comparing ids with the pad token, which may be a token that answers u
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from cluster.errors import ModelError, ScoringError
 from cluster.records import Float32s, Rollout
+from cluster.stored_models import Kind, load_stored
 from cluster.text import load_tokenizer
 from reward_service.batcher import forward_groups
 from reward_service.scorer import Scores
@@ -117,7 +119,7 @@ class TransformersScorer:
             for number, member in enumerate(self._members):
                 hidden_BLH = member.hidden(ids_BL, mask_BL)
                 last_BH = hidden_BLH[torch.arange(len(group), device=self._device), lengths_B - 1]
-                scores_BM[group, number] = member.head(last_BH).float().squeeze(-1).cpu()
+                scores_BM[group, number] = member.head(last_BH.float()).squeeze(-1).cpu()
         answers = [tuple(scores_M) for scores_M in scores_BM.tolist()]
         for name, scores_M in zip(names, answers, strict=True):
             if not all(map(math.isfinite, scores_M)):
@@ -186,9 +188,11 @@ class TransformersScorer:
         return sequences
 
     def _load(self, directory: Path, *, classifier: bool) -> _Headed:
-        model = _load_model(directory, classifier=classifier, dtype=getattr(torch, self._settings.dtype))
+        kind: Kind = "reward model" if classifier else "language model"
+        model = load_stored(directory, kind=kind, dtype=self._settings.dtype)
         model = model.to(self._device).eval().requires_grad_(False)
-        head = model.score if classifier else model.get_output_embeddings()
+        # A score's head works in float32: in 16 bit, close scores would become equal ones.
+        head = copy.deepcopy(model.score).float() if classifier else model.get_output_embeddings()
         headed = _Headed(model.base_model, head, int(model.config.get_text_config().max_position_embeddings))
         self._probe(model, headed, directory)
         return headed
@@ -201,7 +205,8 @@ class TransformersScorer:
         ids = [token for token in range(_PROBE_TOKENS + 1) if token != pad][:_PROBE_TOKENS]
         ids_BL, mask_BL, _ = self._padded([ids])
         expected = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits.float()
-        actual = headed.head(headed.hidden(ids_BL, mask_BL)[:, -1]).float()
+        state_BH = headed.hidden(ids_BL, mask_BL)[:, -1]
+        actual = headed.head(state_BH.to(next(headed.head.parameters()).dtype)).float()
         wanted = expected[:, -1] if expected.dim() == 3 else expected
         tolerance = _PROBE_TOLERANCE if self._settings.dtype == "float32" else 0.1
         if not torch.allclose(actual, wanted, rtol=tolerance, atol=tolerance):
@@ -244,43 +249,6 @@ def weights_id(directory: Path) -> str:
         with path.open("rb") as file:
             digest.update(file.read(2**20))
     return digest.hexdigest()[:16]
-
-
-def _load_model(directory: Path, *, classifier: bool, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # it would write into the logs of a process that nobody watches
-    if not (directory / "config.json").is_file():
-        raise ModelError(
-            "model not found",
-            got=f"{directory} has no config.json",
-            do="check the path, or run the stage that makes it",
-        )
-    factory = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
-    try:
-        model, report = factory.from_pretrained(directory, use_safetensors=True, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise ModelError(
-            f"cannot load the model in {directory}",
-            got=f"{type(error).__name__}: {first_line}",
-            do="check that it is a complete Hugging Face directory with safetensors weights",
-        ) from error
-    if report["missing_keys"]:
-        raise ModelError(
-            f"the weights in {directory} are incomplete",
-            got=f"missing {sorted(report['missing_keys'])[:3]}",
-            do="a reward model must be trained before it can score" if classifier else "export the model again",
-        )
-    if classifier and (model.config.num_labels != 1 or "score" not in dict(model.named_children())):
-        raise ModelError(
-            f"{type(model).__name__} in {directory} is no reward model",
-            got=f"{model.config.num_labels} labels, children {[name for name, _ in model.named_children()]}",
-            do="use a decoder's sequence classifier with one label and a linear head named `score`",
-        )
-    return model
 
 
 def _other_tokenizer(member_dir: Path, policy_tokenizer: Any) -> Any | None:

@@ -27,8 +27,9 @@ def local_ray() -> Iterator[None]:
     ray = pytest.importorskip("ray")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, logging_level="ERROR", log_to_driver=False
-    )
+        address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
     yield
     ray.shutdown()
 

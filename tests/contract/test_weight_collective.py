@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import AsyncIterator
+import types
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ import torch
 from cluster.gloo_group import GlooFollower, GlooLeader
 from cluster.weight_board_local import LocalBoardChannel
 from cluster.weight_group import GroupBook, GroupBrokenError, GroupPlan
+from cluster.weights import pack
 from cluster.weights_collective import CollectiveWeightChannel
 from tests.weight_members import SETTINGS, Member, running, weights
 
@@ -166,6 +169,37 @@ async def test_versions_faster_than_the_group_go_by_the_store(scene: Scene) -> N
     assert scene.channel.stats.failures == 0
 
 
+async def test_a_member_that_comes_while_versions_never_pause_gets_into_the_group(scene: Scene) -> None:
+    scene.channel._settings = replace(SETTINGS, check_period_s=0.4)
+    one = await scene.add("a.0")
+    await scene.publish(0)
+    await scene.grouped(one)
+    two = await scene.add("b.0")
+    async with asyncio.timeout(20):
+        version = 1
+        while "group" not in dict(two.came).values():
+            await scene.publish(version)
+            version += 1
+            await asyncio.sleep(0.01)
+
+
+async def test_a_version_offered_to_a_group_that_is_dropped_comes_from_the_store(scene: Scene) -> None:
+    """The board was slow while the learner published: the publisher drops its group with the version on its way."""
+    one = await scene.add("a.0")
+    await scene.publish(0)
+    first = await scene.grouped(one)
+    publisher = scene.channel._publisher
+    assert publisher is not None
+    epoch = await asyncio.to_thread(publisher.reserve)
+    publisher._drop_group()
+    assert await asyncio.to_thread(scene.channel._store.publish_to, weights(1), epoch=epoch)
+    publisher.broadcast(weights(1))
+    assert await one.until_version(1, timeout_s=LIMIT_S / 2) == "store"
+    await scene.grouped(one, above=first)
+    await scene.publish(2)
+    assert await one.until_version(2) == "group"
+
+
 async def test_the_publisher_s_end_leaves_members_with_the_store(scene: Scene) -> None:
     """A learner that is replaced: its group dies with it, and the next publisher makes another."""
     one = await scene.add("a.0")
@@ -247,6 +281,45 @@ def test_a_restarted_member_takes_the_old_one_s_place() -> None:
     book.register("rollout-0.1", ranks=1)
     assert sorted(book.members) == ["rollout-0.1", "rollout-1.0"]
     assert book.plan is None, "the old group counted on a process that is gone"
+
+
+def test_a_board_that_starts_again_gives_no_epoch_twice() -> None:
+    """Its members have seen earlier plans, and take no place in one that looks older."""
+    epochs = []
+    for _ in range(2):
+        book = GroupBook()
+        book.register("a.0", ranks=1)
+        for _ in range(2):
+            plan = book.propose(book.members, backend="gloo", address="h", port=1, bucket_bytes=1, timeout_s=1.0)
+            epochs.append(plan.epoch)
+        time.sleep(0.001)  # a process takes longer to start
+    assert epochs == sorted(set(epochs))
+
+
+def test_nothing_goes_through_nccl_after_the_group_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing aborts NCCL, which wakes the thread that waits in it: that thread must not call NCCL again."""
+    from cluster.weights_nccl import NcclLeader
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    leader = NcclLeader("127.0.0.1", timeout_s=1.0)
+    leader._device = torch.device("cpu")
+    calls: list[str] = []
+
+    def producer(*, iterator: Iterator[tuple[str, torch.Tensor]], **_: object) -> None:
+        for name, _tensor in iterator:
+            calls.append(name)
+            leader.close()  # as if this call had hung until the publisher gave it up
+
+    packing = types.ModuleType("vllm.distributed.weight_transfer.packed_tensor")
+    packing.packed_nccl_broadcast_producer = producer  # type: ignore[attr-defined]
+    for name in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, packing.__name__, packing)
+    with pytest.raises(GroupBrokenError, match="closed"):
+        list(leader.broadcast(pack(1, [("a", torch.ones(2)), ("b", torch.ones(2))]), bucket_bytes=1))
+    assert calls == ["a"]
 
 
 def test_an_offer_is_decided_once() -> None:

@@ -23,7 +23,8 @@ from reward_service.preferences import Candidate, collect_pairs
 from reward_service.rm_train import run_rm, score_sequences
 
 
-def _config(**sections: Any) -> RunConfig:
+def tiny_config(**sections: Any) -> RunConfig:
+    """A run whose offline stages take seconds."""
     return RunConfig.model_validate(
         {
             "name": "tiny",
@@ -45,7 +46,7 @@ def _config(**sections: Any) -> RunConfig:
     )
 
 
-def _prepared(run_dir: Path, config: RunConfig) -> RunConfig:
+def prepared(run_dir: Path, config: RunConfig) -> RunConfig:
     """Data, initial model and tokenizer-fitted files; preferences between demonstrations, labelled by the judge."""
     prepare_data(config, run_dir)
     initial = make_model(config, run_dir)
@@ -62,7 +63,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     """A run directory after both stages, and what they emitted."""
     run_dir = tmp_path_factory.mktemp("run")
     events: list[dict[str, Any]] = []
-    config = _prepared(run_dir, _config())
+    config = prepared(run_dir, tiny_config())
     run_sft(config, run_dir, events.append)
     run_rm(config, run_dir, events.append)
     return run_dir, events
@@ -71,10 +72,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 def test_initial_model_is_seeded_and_loadable(tmp_path: Path) -> None:
     weights = []
     for name in ("a", "b"):
-        _prepared(tmp_path / name, _config())
+        prepared(tmp_path / name, tiny_config())
         weights.append((tmp_path / name / "init" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
-    other = _config(seed=6)
+    other = tiny_config(seed=6)
     prepare_data(other, tmp_path / "c")
     make_model(other, tmp_path / "c")
     assert (tmp_path / "c" / "init" / "model.safetensors").read_bytes() != weights[0]
@@ -103,7 +104,7 @@ def test_sft_loss_covers_the_answer_alone(finished: tuple[Path, list[dict[str, A
     run_dir, _ = finished
     tokenizer = load_tokenizer(run_dir / "sft" / "model")
     row = read_rows(data_dir(run_dir) / "sft.jsonl", SftExample)[0]
-    example = encode_examples(run_dir, data=_config().data, tokenizer=tokenizer)[0]
+    example = encode_examples(run_dir, data=tiny_config().data, tokenizer=tokenizer)[0]
     prompt = tokenizer(row.prompt)["input_ids"]
     assert example["input_ids"][: len(prompt)] == prompt
     assert set(example["labels"][: len(prompt)]) == {-100}
@@ -113,7 +114,7 @@ def test_sft_loss_covers_the_answer_alone(finished: tuple[Path, list[dict[str, A
 
 def test_sft_is_reproducible(finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     run_dir, _ = finished
-    run_sft(_prepared(tmp_path, _config()), tmp_path, lambda _: None)
+    run_sft(prepared(tmp_path, tiny_config()), tmp_path, lambda _: None)
     assert (tmp_path / "sft/model/model.safetensors").read_bytes() == (
         run_dir / "sft/model/model.safetensors"
     ).read_bytes()
@@ -153,7 +154,7 @@ def test_rm_scores_at_the_last_token(finished: tuple[Path, list[dict[str, Any]]]
 
 
 def test_weak_reward_model_is_refused_but_kept(finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
-    config = _prepared(tmp_path, _config(rm={"epochs": 0.1, "min_accuracy": 1.0, "threads": 1}))
+    config = prepared(tmp_path, tiny_config(rm={"epochs": 0.1, "min_accuracy": 1.0, "threads": 1}))
     with pytest.raises(ModelError, match="too weak"):
         run_rm(config, tmp_path, lambda _: None)
     assert not (tmp_path / "rm").exists()
@@ -161,7 +162,7 @@ def test_weak_reward_model_is_refused_but_kept(finished: tuple[Path, list[dict[s
 
 
 def test_non_finite_loss_stops_sft_and_leaves_nothing(tmp_path: Path) -> None:
-    config = _prepared(tmp_path, _config(sft={"epochs": 3, "learning_rate": 1e30, "threads": 1}))
+    config = prepared(tmp_path, tiny_config(sft={"epochs": 3, "learning_rate": 1e30, "threads": 1}))
     with pytest.raises(NonFiniteError, match="sft"):
         run_sft(config, tmp_path, lambda _: None)
     assert not (tmp_path / "sft" / "model").exists()
@@ -169,18 +170,18 @@ def test_non_finite_loss_stops_sft_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_missing_inputs(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model to start"):
-        run_rm(_config(), tmp_path, lambda _: None)
+        run_rm(tiny_config(), tmp_path, lambda _: None)
     with pytest.raises(DataError, match="run the data stage first"):
-        run_sft(_config(), tmp_path, lambda _: None)
-    pretrained = _config(model={"kind": "pretrained", "path": str(tmp_path / "nowhere")})
+        run_sft(tiny_config(), tmp_path, lambda _: None)
+    pretrained = tiny_config(model={"kind": "pretrained", "path": str(tmp_path / "nowhere")})
     with pytest.raises(ModelError, match="model not found"):
         make_model(pretrained, tmp_path)
 
 
 def test_pretrained_directory_is_checked(finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     path = str(finished[0] / "sft" / "model")
-    initial = make_model(_config(model={"kind": "pretrained", "path": path}), tmp_path)
+    initial = make_model(tiny_config(model={"kind": "pretrained", "path": path}), tmp_path)
     assert (str(initial.model_dir), str(initial.tokenizer_dir)) == (path, path)
-    data = {**_config().data.model_dump(), "max_response_tokens": 1000}
+    data = {**tiny_config().data.model_dump(), "max_response_tokens": 1000}
     with pytest.raises(ModelError, match="context"):
-        make_model(_config(model={"kind": "pretrained", "path": path}, data=data), tmp_path)
+        make_model(tiny_config(model={"kind": "pretrained", "path": path}, data=data), tmp_path)

@@ -252,6 +252,8 @@ def test_options_come_from_the_configuration() -> None:
     assert "enable_lora" not in plain
     other = options(tensor_parallel_size=4, chunked_prefill=False, prefix_caching=False, max_batched_tokens=2048)
     assert (other["tensor_parallel_size"], other["max_num_batched_tokens"]) == (4, 2048)
+    assert other["distributed_executor_backend"] == "mp", "in a placement group vLLM would choose Ray's executor"
+    assert "distributed_executor_backend" not in plain, "one GPU: vLLM's uni-process executor"
     assert not other["enable_chunked_prefill"]
     assert not other["enable_prefix_caching"]
     assert options(lora=LORA)["max_lora_rank"] == 8

@@ -243,6 +243,8 @@ def test_errors_pickle_and_stand_in_the_tree() -> None:
         (["stages=[ppo, rm]"], "in the order data, sft"),
         (["stages=[rm, rm]"], "at most once"),
         (["stages=[]"], "name at least one"),
+        (["sft.epochs=0"], "has learned nothing"),
+        (["rm.models=[a, b]", "rm.members=3"], "rm.models names 2"),
         (["learner.policy.betas=[0.9, 1.0]"], "learner.policy.betas"),
         (["learner.critic.weight_decay=-1"], "learner.critic.weight_decay"),
         (["learner.policy.learning_rate=.inf"], "learner.policy.learning_rate: got inf"),
@@ -272,6 +274,9 @@ def test_all_contradictions_are_listed() -> None:
         ["stages=[ppo, evaluate]", "collect.judge=null"],
         ["data.world=null", "data.prompts={kind: hub, name: a/b}", "data.sft={kind: file, path: x.jsonl}"],
         ["rollout.engine=scripted", "model.hidden_size=64"],
+        ["rm.models=[a, b]"],
+        ["rm.models=[a, b]", "rm.members=2"],
+        ["model={kind: pretrained, path: a}", "sft.epochs=0", "data.world=null", "data.prompts={kind: hub, name: a/b}"],
         ["ray.address=auto", "rollout.actors=8"],
     ],
 )

@@ -15,12 +15,19 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from configs.run import NewModel
 from keel.cli import app
+from keel.plan import make_plan
+from keel.plan_view import ClusterView, NodeView
 from tests.deploy_support import DEPLOY, DOCKERFILES, ROOT, SBATCH, Command, commands, dockerfile
 from tests.unit.test_deploy_manifests import config_of
 
 HEALTHCHECK = DEPLOY / "docker" / "healthcheck.py"
 COMMANDS = sorted(set(commands()), key=str)
+GIB = 1 << 30
+ENOUGH = NodeView("node", cpus=96.0, gpus=8.0, gpu_bytes=79 * GIB, memory_bytes=500 * GIB)
+"""A machine with eight GPUs."""
+STARTS_A_RUN = ("train", "submit")
 
 
 def parse(argv: tuple[str, ...]) -> dict[str, object]:
@@ -49,6 +56,17 @@ def test_the_command_line_takes_it(command: Command, monkeypatch: pytest.MonkeyP
     params = parse(command.argv)
     if params.get("config") is not None:
         config_of(command)
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.argv[0] in STARTS_A_RUN], ids=str)
+def test_what_it_runs_has_its_places(command: Command) -> None:
+    """And fits into memory, where the model is one that this repository describes, not one that a user puts there."""
+    if parse(command.argv).get("config") is None:  # submit --logs and the like
+        return
+    plan = make_plan(config_of(command), cluster=ClusterView((ENOUGH,)))
+    there = isinstance(plan.config.model, NewModel)
+    assert [finding for finding in plan.impossible if there or finding.area != "model"] == []
+    assert any(role.online for role in plan.roles)
 
 
 def test_an_unknown_option_would_be_noticed() -> None:
@@ -196,3 +214,51 @@ def test_the_batch_script_wants_its_folder_and_a_configuration(tmp_path: Path) -
         )
         assert done.returncode != 0
         assert b"KEEL_SHARED" in done.stderr or b"usage" in done.stderr
+
+
+STUBS = {
+    "srun": 'printf "%s\\n" "$@" > "$SRUN_LOG"',
+    "scontrol": "echo node1",
+    "getent": 'echo "127.0.1.1 STREAM node1"',
+    "hostname": 'echo "127.0.0.1 10.9.8.7 fd00::2"',
+}
+"""A node that knows its own name as loopback, where the step ends at once and no driver starts."""
+
+
+def run_batch_script(folder: Path) -> tuple[int, str, list[str]]:
+    """(exit code, what it printed, srun's arguments) of job 4711."""
+    tools, venv = folder / "bin", folder / "venv" / "bin"
+    for directory in (tools, venv):
+        directory.mkdir(parents=True)
+    (venv / "activate").touch()
+    for name, line in STUBS.items():
+        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tools}:/usr/bin:/bin",
+        "SRUN_LOG": str(folder / "srun.log"),
+        "KEEL_SHARED": str(folder),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "64",
+    }
+    done = subprocess.run(
+        ["bash", str(SBATCH), "demo"], env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+    return done.returncode, done.stdout + done.stderr, (folder / "srun.log").read_text().splitlines()
+
+
+def test_the_step_has_all_cpus_and_an_address_that_other_nodes_reach(tmp_path: Path) -> None:
+    _, _, arguments = run_batch_script(tmp_path)
+    assert "--cpus-per-task=64" in arguments, "srun does not inherit it from sbatch"
+    assert arguments[arguments.index("--address") + 1] == "10.9.8.7:24711"
+
+
+def test_what_a_preempted_run_left_is_not_taken_for_a_driver(tmp_path: Path) -> None:
+    left = tmp_path / "jobs" / "4711" / "driver.pid"
+    left.parent.mkdir(parents=True)
+    left.write_text("1\n")
+    code, output, _ = run_batch_script(tmp_path)
+    assert code == 1, output
+    assert "the driver was not started" in output

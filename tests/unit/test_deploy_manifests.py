@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import jsonschema  # type: ignore[import-untyped]
@@ -15,7 +16,8 @@ import pytest
 from cluster.keys import GROUP, Keys
 from cluster.streams import StreamName
 from configs.load import load_config
-from configs.run import RunConfig
+from configs.run import FileSource, PretrainedModel, RunConfig
+from keel.ray_environment import NODE_ENVIRONMENT
 from tests.deploy_support import (
     GUIDE,
     ROOT,
@@ -148,6 +150,26 @@ def test_a_retried_job_goes_on_from_shared_storage(job: Manifest) -> None:
 def test_a_stopped_job_has_time_to_save(job: Manifest) -> None:
     head = dict(pod_templates(job.doc))["head"]["spec"]["containers"][0]
     assert int(next(e["value"] for e in head["env"] if e["name"] == "RAY_JOB_STOP_WAIT_TIME_S")) >= 120
+
+
+@pytest.mark.parametrize("job", JOBS, ids=identify)
+def test_a_lost_pod_is_noticed_and_a_new_one_is_waited_for(job: Manifest) -> None:
+    assert entry_config(job).placement.wait_s >= 300, "the autoscaler needs minutes for a pod"
+    head = dict(pod_templates(job.doc))["head"]["spec"]["containers"][0]
+    given = {variable["name"]: variable.get("value") for variable in head["env"]}
+    wanted = {name: value for name, value in NODE_ENVIRONMENT.items() if name.startswith("RAY_health_check_")}
+    assert wanted
+    assert wanted.items() <= given.items()
+
+
+@pytest.mark.parametrize("job", JOBS, ids=identify)
+def test_every_model_and_table_is_on_the_shared_volume(job: Manifest) -> None:
+    config = entry_config(job)
+    paths = [*config.rm.models, *(source.path for source in (config.data.preferences, config.data.prompts,
+             config.data.sft) if isinstance(source, FileSource))]  # fmt: skip
+    if isinstance(config.model, PretrainedModel):
+        paths.append(Path(config.model.path))
+    assert [path for path in paths if not path.is_relative_to("/keel")] == []
 
 
 @pytest.mark.parametrize("manifest", ALL, ids=identify)

@@ -16,7 +16,7 @@ import pytest
 import cluster.discovery
 from cluster.discovery import Discovery, TargetGroup, announce_forever, target_group, write_file_sd
 from cluster.errors import StreamError
-from cluster.process import node_address
+from cluster.process import node_address, silence_limit_s
 from cluster.stores import Member, MemoryDirectory
 from configs.load import load_config
 from keel.ray_targets import node_targets, nodes_alive
@@ -250,3 +250,11 @@ def test_outside_ray_a_process_is_found_where_it_reaches_the_server_from(ray_pro
     assert node_address(config, redis_url="unix:///run/redis.sock") == "127.0.0.1"
     assert node_address(config, redis_url="redis://nowhere.invalid:1") == "127.0.0.1"
     assert node_address(config) == "127.0.0.1"
+
+
+def test_a_long_step_or_answer_is_no_silence() -> None:
+    config = load_config("ppo_7b_8gpu")
+    assert silence_limit_s(config, role="learner") >= config.learner.stall_timeout_s
+    assert silence_limit_s(config, role="rollout") >= config.rollout.generate_timeout_s
+    assert silence_limit_s(config, role="reward") >= config.reward.score_timeout_s
+    assert silence_limit_s(config, role="driver") == 120.0

@@ -29,10 +29,13 @@ from cluster.footprint import (
     layer_activation_bytes,
     learner_rank,
     payload_bytes,
+    publishing_bytes,
+    reward_worker,
 )
 from configs.load import load_config
 from configs.run import LoraSection, NewModel, PretrainedModel, RunConfig
 from learner import head
+from reward_service import rm_train
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -190,7 +193,7 @@ def test_adapters_train_little_and_travel_small(big: tuple[Architecture, RunConf
     lora = config.model_copy(update={"learner": learner})
     adapter = architecture.adapter_parameters(8, targets=())
     assert learner_rank(architecture, lora).gpu["optimiser"] == 8 * adapter
-    assert payload_bytes(architecture, lora) == 4 * adapter
+    assert payload_bytes(architecture, lora) == 2 * adapter
     assert disk_use(architecture, lora).checkpoint == 12 * adapter
 
 
@@ -218,3 +221,33 @@ def test_the_heads_chunks_are_the_learners() -> None:
     chunkings = {"cpu": head.CPU_CHUNKING, "cuda": head.GPU_CHUNKING}
     assert {device: one.bytes for device, one in chunkings.items()} == footprint.HEAD_CHUNK_BYTES
     assert {device: one.kept_bytes for device, one in chunkings.items()} == footprint.HEAD_KEPT_BYTES
+
+
+def test_versions_travel_in_the_engines_type(big: tuple[Architecture, RunConfig]) -> None:
+    architecture, config = big
+    for dtype, width in (("bfloat16", 2), ("float16", 2), ("float32", 4)):
+        rollout = config.rollout.model_copy(update={"dtype": dtype})
+        other = config.model_copy(update={"rollout": rollout})
+        assert payload_bytes(architecture, other) == width * architecture.policy_parameters
+
+
+def test_a_version_of_another_type_is_copied_before_it_is_packed() -> None:
+    """On one rank without a GPU, float32 tensors are packed from where they are."""
+    same, other = load_config("demo"), load_config("demo", overrides=["rollout.dtype=bfloat16"])
+    architecture = architecture_of(same.model)
+    assert publishing_bytes(architecture, same) == 4 * architecture.policy_parameters
+    assert publishing_bytes(architecture, other) == 2 * 2 * architecture.policy_parameters
+
+
+def test_reward_weights_are_in_their_type(big: tuple[Architecture, RunConfig]) -> None:
+    architecture, config = big
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        reward = config.reward.model_copy(update={"dtype": dtype})
+        sizes[dtype] = reward_worker(architecture, config.model_copy(update={"reward": reward})).gpu
+    assert sizes["float32"]["weights"] == 2 * sizes["bfloat16"]["weights"]
+    assert sizes["float32"]["activations"] > 1.5 * sizes["bfloat16"]["activations"]
+
+
+def test_measured_batches_are_the_stages() -> None:
+    assert rm_train.SCORING_BATCH == footprint.MEASURED_ROWS

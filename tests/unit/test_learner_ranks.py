@@ -8,12 +8,16 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+import learner.critic
+import learner.policy
 from cluster.checkpoint_tensors import read_whole
 from cluster.errors import KeelError, NonFiniteError, SupervisionError
 from cluster.rendezvous import MemoryRendezvous
@@ -22,6 +26,7 @@ from cluster.weights import MemoryWeightChannel, unpack
 from configs.run import LoraSection, RunConfig
 from learner.follow import Follower
 from learner.meet import find_store, open_store
+from learner.models import load_trainable
 from learner.ranks import Ranks
 from learner.state import LearnerState
 from learner.team import Team
@@ -30,6 +35,7 @@ from tests.ranks_support import RankGroup, alone, on_ranks
 from tests.run_support import prepare_run, random_rollouts
 
 Outcome = dict[str, Any]
+SHORT_TIMEOUT_S = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +179,37 @@ def test_bfloat16_keeps_float32_masters(config: RunConfig) -> None:
     saved = saved_tensors(config.run_dir / "checkpoints" / "step-00000002")
     assert {str(tensor.dtype) for name, tensor in saved.items() if "exp_avg" in name} == {"torch.float32"}
     np.testing.assert_allclose(outcome["probe"][1], whole["probe"][1], atol=0.1)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_slowly(ranks: Ranks, config: RunConfig) -> list[bool]:
+    """Rank 0 reads for longer than the collective time-out, and then finds that its model cannot be packed: the others,
+    whose weights are zeros until they get rank 0's, could not tell. Whether policy and critic pack."""
+
+    def packs(model: nn.Module, decoder: nn.Module) -> bool:
+        del model, decoder
+        if ranks.rank == 0:
+            time.sleep(SHORT_TIMEOUT_S + 1.0)
+        return ranks.rank > 0
+
+    with (
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch.object(learner.policy, "attend_packed", packs),
+        mock.patch.object(learner.critic, "attend_packed", packs),
+    ):
+        trainable = load_trainable(config, run_dir=config.run_dir, ranks=ranks)
+    assert trainable.critic is not None
+    return [trainable.policy.packing, trainable.critic.packing]
+
+
+def test_the_others_wait_while_the_first_rank_reads_and_take_its_word(config: RunConfig) -> None:
+    group = RankGroup(load_slowly, config, size=2, timeout_s=SHORT_TIMEOUT_S)
+    try:
+        assert group.results() == [[False, False]] * 2
+    finally:
+        group.kill()
 
 
 # ---------------------------------------------------------------- losses

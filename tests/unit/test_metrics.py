@@ -246,6 +246,10 @@ def test_health_fails_when_progress_stops_and_comes_back() -> None:
     heartbeat = Heartbeat(silence_limit_s=30.0, clock=lambda: now_s[0])
     with MetricsServer(CollectorRegistry(), host=HOST, heartbeat=heartbeat) as server:
         url = f"http://{server.address}/healthz"
+        now_s[0] = 900.0
+        assert get(url)[0] == 200, "a process that boots has not stopped"
+        now_s[0] = 0.0
+        heartbeat.beat()
         now_s[0] = 30.0
         assert get(url)[0] == 200
         now_s[0] = 31.5

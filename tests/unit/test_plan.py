@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from cluster.errors import ConfigError
 from configs.load import load_config, preset_names
 from configs.run import RunConfig
 from keel.cli import app
-from keel.plan import Plan, make_plan, require_placeable, unplaceable, wait_until_placeable
+from keel.plan import Plan, impossible_anywhere, make_plan, require_placeable, unplaceable, wait_until_placeable
 from keel.plan_gate import check_this_machine
 from keel.plan_placement import Process, assign
 from keel.plan_table import plan_data, plan_text
@@ -36,7 +37,8 @@ ONLINE = "stages=[data, ppo, evaluate, report]"
 
 
 def node(name: str = "n0", **changes: Any) -> NodeView:
-    facts: dict[str, Any] = {"cpus": 96.0, "gpus": 8.0, "gpu_bytes": 79 * GIB, "memory_bytes": 1000 * GIB}
+    facts: dict[str, Any] = {"cpus": 96.0, "gpus": 8.0, "gpu_bytes": 79 * GIB, "memory_bytes": 1000 * GIB,
+                             "driver": True}  # fmt: skip
     return NodeView(name, **(facts | {"object_store_bytes": 100 * GIB, "shm_bytes": 500 * GIB} | changes))
 
 
@@ -71,18 +73,31 @@ def test_cpu_presets_fit_a_small_machine(name: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", [QWEN_7B, LLAMA_7B], ids=["qwen", "llama"])
-def test_the_7b_preset_fits_eight_gpus_for_ppo(seven: Callable[..., RunConfig], sizes: dict[str, Any]) -> None:
-    config = seven(ONLINE, sizes=sizes)
+def test_the_7b_preset_fits_eight_gpus(seven: Callable[..., RunConfig], sizes: dict[str, Any]) -> None:
+    """All its stages, with room to spare."""
+    config = seven(sizes=sizes)
     plan = make_plan(config, cluster=cluster(node(object_store_bytes=config.ray.object_store_mib << 20)))
-    assert plan.impossible == ()
-    assert {role.name: role.processes for role in plan.roles} == {"learner": 4, "rollout": 3, "reward": 1}
+    assert plan.findings == ()
+    assert {role.name: role.processes for role in plan.roles if role.online} == {
+        "learner": 4, "rollout": 3, "reward": 1,
+    }  # fmt: skip
 
 
 def test_offline_stages_of_7b_do_not_fit_one_gpu(seven: Callable[..., RunConfig]) -> None:
     """16 B a parameter alone are more than a card."""
-    plan = make_plan(seven(), cluster=cluster())
+    plan = make_plan(seven("sft.epochs=1", "rm.models=[]"), cluster=cluster())
     assert {one.area for one in plan.impossible} == {"sft", "rm"}
-    assert "leave sft out of `stages`" in found(plan, "sft")
+    assert "sft.epochs=0" in found(plan, "sft")
+    assert "rm.models=" in found(plan, "rm")
+
+
+def test_models_taken_as_they_are_need_no_training(seven: Callable[..., RunConfig]) -> None:
+    sizes = {role.name: role.footprint for role in make_plan(seven(), cluster=cluster()).roles}
+    assert sizes["sft"].gpu == {}
+    assert {"gradients", "optimiser"}.isdisjoint(sizes["rm"].gpu)
+    wide = make_plan(seven("reward.dtype=float32"), cluster=cluster(node(gpu_bytes=40 * GIB)))
+    assert "measuring a reward model in float32" in found(wide, "rm")
+    assert "reward.dtype=bfloat16" in found(wide, "rm")
 
 
 # ---------------------------------------------------------------- places
@@ -159,16 +174,46 @@ def test_a_cache_too_small_for_one_sequence_on_a_cpu() -> None:
 
 
 def test_the_reward_worker_holds_every_member(seven: Callable[..., RunConfig]) -> None:
-    plan = make_plan(seven(ONLINE, "rm.members=2"), cluster=cluster())
-    assert "rm.members=1" in found(plan, "reward")
+    two = seven(ONLINE, "rm.models=[a, b]", "reward.dtype=float32")
+    assert "2 reward model(s) and the reference in float32" in found(make_plan(two, cluster=cluster()), "reward")
+    assert "reward.dtype=bfloat16 or one of rm.models" in found(make_plan(two, cluster=cluster()), "reward")
+    halved = seven(ONLINE, "rm.models=[a, b]")
+    assert found(make_plan(halved, cluster=cluster()), "reward") == ""
+    trained = seven(ONLINE, "rm.models=[]", "rm.members=5")
+    assert "rm.members=1" in found(make_plan(trained, cluster=cluster()), "reward")
 
 
 def test_the_object_store_holds_two_versions(seven: Callable[..., RunConfig]) -> None:
-    plan = make_plan(seven(ONLINE), cluster=cluster(node(object_store_bytes=32 * GIB)))
+    plan = make_plan(seven(ONLINE), cluster=cluster(node(object_store_bytes=24 * GIB)))
     assert "ray.object_store_mib=" in found(plan, "object store")
-    tight = make_plan(seven(ONLINE), cluster=cluster(node(object_store_bytes=60 * GIB)))
+    whole = make_plan(seven(ONLINE, "rollout.dtype=float32"), cluster=cluster(node(object_store_bytes=32 * GIB)))
+    assert "28.4 GiB (float32)" in found(whole, "object store")
+    tight = make_plan(seven(ONLINE), cluster=cluster(node(object_store_bytes=32 * GIB)))
     assert found(tight, "object store") == ""
     assert any(one.area == "object store" for one in tight.findings)
+
+
+def test_the_board_s_node_holds_more_versions_than_the_engines(seven: Callable[..., RunConfig]) -> None:
+    """14.2 GiB each. A node that only scores holds none."""
+
+    def trouble(driver: int, learner: int, engine: int, scorer: int) -> set[tuple[str, str]]:
+        sizes = {"driver": driver, "learner": learner, "engine": engine, "scorer": scorer}
+        gpus = {"driver": 0.0, "learner": 4.0, "engine": 3.0, "scorer": 1.0}
+        nodes = [
+            node(name, gpus=gpus[name], object_store_bytes=size * GIB, driver=name == "driver")
+            for name, size in sizes.items()
+        ]
+        plan = make_plan(seven(ONLINE), cluster=cluster(*nodes, joined=True))
+        assert {load.view.name: set(load.roles) for load in plan.assignment.nodes} == {
+            "driver": set(), "learner": {"learner"}, "engine": {"rollout"}, "scorer": {"reward"},
+        }  # fmt: skip
+        return {(one.severity, one.what.split()[3]) for one in plan.findings if one.area == "object store"}
+
+    assert trouble(45, 30, 30, 1) == set()
+    assert trouble(20, 30, 30, 1) == {("impossible", "driver")}
+    assert trouble(30, 30, 30, 1) == {("tight", "driver")}
+    assert trouble(45, 30, 14, 1) == {("impossible", "engine")}
+    assert trouble(45, 20, 30, 1) == {("tight", "learner")}
 
 
 def test_shared_memory_smaller_than_the_store(seven: Callable[..., RunConfig]) -> None:
@@ -222,13 +267,13 @@ def test_weight_updates_by_transport(seven: Callable[..., RunConfig]) -> None:
     adapter = make_plan(seven(ONLINE, "learner.lora={rank: 16, broadcast: adapter}"), cluster=cluster()).sync
     assert whole is not None
     assert adapter is not None
-    assert (whole.transport, whole.bytes_per_engine) == ("collective", 4 * 7_615_616_512)
+    assert (whole.transport, whole.bytes_per_engine) == ("collective", 2 * 7_615_616_512)
     assert adapter.transport == "object_store"
     assert adapter.bytes_per_engine < whole.bytes_per_engine / 100
     apart = cluster(node("a", gpus=5.0), node("b", gpus=3.0))
     slow = make_plan(seven(ONLINE), cluster=apart, network_gbit_per_s=10.0).sync
     assert slow is not None
-    assert slow.seconds == pytest.approx(4 * 7_615_616_512 / 1.25e9)
+    assert slow.seconds == pytest.approx(2 * 7_615_616_512 / 1.25e9)
 
 
 # ---------------------------------------------------------------- the gate
@@ -319,13 +364,17 @@ def test_nodes_as_ray_lists_them() -> None:
             gone = {"NodeID": "2", "NodeManagerAddress": "10.0.0.2", "Alive": False, "Resources": {}}
             return [{"NodeID": "1", "NodeManagerAddress": "10.0.0.1", "Alive": True, "Resources": has}, gone]
 
+        @staticmethod
+        def get_runtime_context() -> Any:
+            return SimpleNamespace(get_node_id=lambda: "1")
+
     view = ClusterView.from_ray(Ray())
-    assert view.nodes == (NodeView("10.0.0.1", 8.0, 2.0, 79 * GIB, 60 * GIB, 10 * GIB, None, None),)
+    assert view.nodes == (NodeView("10.0.0.1", 8.0, 2.0, 79 * GIB, 60 * GIB, 10 * GIB, None, None, driver=True),)
     assert view.joined
 
 
 def test_text_and_data_say_the_same(seven: Callable[..., RunConfig]) -> None:
-    plan = make_plan(seven(), cluster=cluster())
+    plan = make_plan(seven("sft.epochs=1"), cluster=cluster())
     text, data = plan_text(plan), json.loads(json.dumps(plan_data(plan)))
     assert "does not fit" in text
     assert max(map(len, text.splitlines())) <= 118
@@ -342,3 +391,14 @@ def test_the_commands_exit_code() -> None:
     )
     assert refused.exit_code == 1
     assert json.loads(refused.output)["fits"] is False
+
+
+def test_what_no_cluster_can_run(seven: Callable[..., RunConfig]) -> None:
+    assert impossible_anywhere(seven()) == ()
+    split = ("rollout.tensor_parallel_size=8", "rollout.gpus_per_actor=8")
+    (finding,) = impossible_anywhere(seven(*split))
+    assert "does not divide 28 attention heads" in finding.what
+    assert impossible_anywhere(seven(*split, "stages=[data, sft, rm]")) == ()  # no engine
+    assert impossible_anywhere(load_config("ppo_7b_8gpu", overrides=split)) == ()  # a model that is not here
+    (finding,) = impossible_anywhere(load_config("demo", overrides=["rollout.kv_cache_gib=0.0001"]))
+    assert "rollout.kv_cache_gib is 0.0001" in finding.what

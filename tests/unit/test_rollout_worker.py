@@ -310,6 +310,24 @@ async def test_drain_hands_back_what_is_not_answered_in_time() -> None:
     assert decode(again.payload, PromptTask) == prompt("later", version=1)
 
 
+async def test_what_a_draining_worker_claimed_last_goes_back_at_once() -> None:
+    """Nobody renews its lease while requests in flight have their time."""
+    scene = Scene(replace(SETTINGS, generate_timeout_s=20.0), manual=True)
+    scene.weights.publish(blob(0))
+    await scene.issue("t1")
+    async with scene.running() as run:
+        await until(lambda: len(scene.engine.in_flight) == 1)
+        scene.worker.drain()  # in the middle of a claim
+        await scene.issue("t2")
+        await until(lambda: scene.worker.meter.tally.handed_back == 1)
+        assert not run.done()
+        (again,) = await scene.take(StreamName.PROMPTS)
+        assert decode(again.payload, PromptTask) == prompt("t2")
+        for _ in ANSWER:
+            scene.engine.tick()
+        await run
+
+
 async def test_drain_leaves_the_group() -> None:
     scene = Scene()
     scene.weights.publish(blob(0))

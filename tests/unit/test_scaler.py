@@ -152,6 +152,21 @@ def test_a_number_given_by_hand_holds_until_it_is_handed_back() -> None:
     assert scene.pool.up == 2
 
 
+def test_a_number_handed_back_during_a_change_is_answered_and_the_change_goes_on() -> None:
+    scene = Scene(FakePool(up=3, wanted=3))
+    scaler = scene.scaler(SECTION)
+    scaler.request = ScaleRequest(1, "r1")
+    scaler.step([])
+    scaler.request = ScaleRequest(None, "r2")
+    scaler.step([])
+    scaler.step([])
+    assert (scaler.report.number, scaler.report.state) == ("r2", "done")
+    scene.pool.turn()
+    scaler.step([])
+    assert (scene.pool.up, scaler.report.number) == (1, "r2")
+    assert scene.notes[-1] == "scale: 1 actor running"
+
+
 def test_a_run_without_autoscaling_cannot_be_handed_the_number() -> None:
     scene = Scene()
     scaler = scene.scaler()
@@ -206,6 +221,27 @@ async def test_a_refusal_and_a_silence_are_errors() -> None:
     silent = ScriptedControl(ScaleReport("old", "done", 1, 1))
     with pytest.raises(DeadlineError, match="no answer"):
         await ask(silent, ScaleRequest(3, "r1"), timeout_s=0.3, say=lambda text: None)
+
+
+async def test_a_request_that_nobody_will_answer_is_not_waited_for() -> None:
+    class Replaced(ScriptedControl):
+        async def asked(self) -> ScaleRequest | None:
+            return ScaleRequest(9, "r2")
+
+    class Forgotten(ScriptedControl):
+        async def asked(self) -> ScaleRequest | None:
+            return None
+
+    async def over() -> None:
+        raise SupervisionError("the run is not online")
+
+    report = ScaleReport("old", "done", 1, 1)
+    for control, reason in ((Replaced(report), "another request"), (Forgotten(report), "started again")):
+        with pytest.raises(SupervisionError, match=reason):
+            await ask(control, ScaleRequest(3, "r1"), timeout_s=10.0, say=lambda text: None)
+    ended = ScriptedControl(ScaleReport("r1", "working", 3, 1, "1 of 3 running"))
+    with pytest.raises(SupervisionError, match="not online"):
+        await ask(ended, ScaleRequest(3, "r1"), timeout_s=10.0, say=lambda text: None, check_online=over)
 
 
 def run_directory(path: Path, **redis: Any) -> RunConfig:

@@ -13,10 +13,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 import learner.head
+import learner.policy
 from configs.run import LoraSection
 from learner.backbone import DtypeName
 from learner.batch import train_batch
-from learner.head import Chunking
+from learner.head import Chunking, target_logprobs
 from learner.policy import ADAPTER_DIR, Policy
 from learner.ranks import Ranks
 from learner.schedule import ScheduledAdamW
@@ -90,3 +91,19 @@ def test_two_ranks_train_an_adapter_with_bfloat16_products(tmp_path: Path) -> No
             assert np.abs(ours - theirs).mean() < 0.05
             np.testing.assert_array_equal(np.isfinite(ours), True)
         assert np.abs(result["seen"][2] - result["seen"][0]).max() > 1e-3
+
+
+def temperatures(ranks: Ranks) -> list[float]:
+    """That the logits are divided by, in a forward with bfloat16 products."""
+    policy = Policy(LlamaForCausalLM(llama_config()), dtype="bfloat16")
+    shard(policy, ranks=ranks, dtype="bfloat16", offload=False)
+    with mock.patch.object(learner.policy, "target_logprobs", wraps=target_logprobs) as called, torch.no_grad():
+        policy.response_logprobs(train_batch(rollouts()))
+    given: list[float] = called.call_args.kwargs["temperature_N"].tolist()
+    return sorted(set(given))
+
+
+def test_a_batch_is_not_rounded_to_the_products_type() -> None:
+    """0.8 in bfloat16 is 0.80078: every log-probability would be off by a thousandth of its logits."""
+    expected = sorted(set(train_batch(rollouts()).temperature_B.tolist()))
+    assert on_ranks(temperatures, size=2) == [expected] * 2

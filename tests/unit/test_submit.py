@@ -20,7 +20,8 @@ from cluster.errors import ConfigError, SupervisionError
 from configs.load import load_config
 from keel import submit_package
 from keel.ray_jobs import JobState, RayJobs
-from keel.submit import Secret, entrypoint, parse_secret, read_env_file
+from keel.submit import Secret, entrypoint, parse_secret, read_env_file, submit
+from keel.submit_options import SubmitOptions
 from keel.submit_package import CONFIG_NAME, plan_package, write_package
 
 RUNS = "runs_dir=/shared/runs"
@@ -80,6 +81,23 @@ def test_a_model_folder_travels_and_a_hub_name_does_not(tmp_path: Path, monkeypa
         )
         assert package.config.model.path == expected  # type: ignore[union-attr]
         assert ("keel-files/model-path/config.json" in package.files) == (path == "policy")
+
+
+def test_reward_models_travel_as_the_policy_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("reward").mkdir()
+    Path("reward/config.json").write_text("{}")
+
+    def plan(models: str) -> submit_package.Package:
+        overrides = [RUNS, f"rm.models={models}"]
+        return plan_package("demo_ci", overrides=overrides, working_dir=None, secrets=[])
+
+    package = plan("[reward, /models/second]")
+    assert package.config.rm.models == (Path("keel-files/reward-model-0"), Path("/models/second"))
+    assert package.files["keel-files/reward-model-0/config.json"] == Path("reward/config.json")
+    assert any("/models/second" in note for note in package.notes)
+    with pytest.raises(ConfigError, match="no such folder here"):
+        plan("[missing]")
 
 
 def test_a_folder_of_code_travels_without_what_git_ignores(tmp_path: Path) -> None:
@@ -252,3 +270,12 @@ def test_a_broken_connection_repeats_and_loses_nothing(monkeypatch: pytest.Monke
     text, state = follow(server, monkeypatch, final_log="a1\na2\na3\na4\na5\n")
     assert text == "a1\na2\na3\na4\na5\n"
     assert state.ended
+
+
+def test_what_no_cluster_can_run_is_not_submitted() -> None:
+    options = SubmitOptions(
+        config="demo_ci", overrides=[RUNS, "rollout.kv_cache_gib=0.00001"], address="http://127.0.0.1:1"
+    )
+    with pytest.raises(ConfigError, match="no cluster can run this") as caught:
+        submit(options)
+    assert "rollout.kv_cache_gib=" in str(caught.value)

@@ -87,13 +87,14 @@ async def test_the_engine_settles_before_it_sleeps() -> None:
 
 
 async def test_weights_are_not_loaded_while_asleep() -> None:
+    log: list[str] = []
     turns = LocalTurns()
-    async with engine_side([], turns) as side:
+    async with engine_side(log, turns) as side:
         await turns.take("learner", 5.0)
         assert side.awake().locked()
         await turns.give("learner")
         async with asyncio.timeout(5), side.awake():
-            assert side.rounds >= 0
+            assert log == ["engine sleeps", "engine wakes"]
 
 
 async def test_every_wait_has_a_deadline() -> None:
@@ -119,6 +120,21 @@ async def test_a_dead_holder_is_forgotten() -> None:
     await turns.take("engine", 1.0)
     with pytest.raises(SupervisionError, match="did not have"):
         await turns.give("learner")
+
+
+async def test_a_dead_waiter_s_turn_is_its_successor_s() -> None:
+    turns = LocalTurns()
+    of_the_dead = asyncio.create_task(turns.take("learner", 5.0))
+    await asyncio.sleep(0)
+    await turns.forget("learner")
+    with pytest.raises(SupervisionError, match="has been replaced"):
+        await of_the_dead
+    assert not await turns.wanted("engine", 0.01)
+    successor = asyncio.create_task(turns.take("learner", 5.0))
+    assert await turns.wanted("engine", 5.0)
+    await turns.give("engine")
+    await successor
+    await turns.give("learner")
 
 
 async def test_only_one_side_holds_it_however_they_interleave() -> None:

@@ -1,0 +1,59 @@
+"""The policies that a run hands over: when the best one is written, and what a killed learner leaves beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from cluster.errors import CheckpointError
+from learner.best import WINDOW_STEPS, BestPolicy
+
+TOKENIZER = mock.Mock()
+
+
+def write_model(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(b"weights")
+
+
+def no_room(directory: Path) -> None:
+    write_model(directory)
+    raise OSError(28, "No space left on device")
+
+
+def note(path: Path) -> dict[str, float]:
+    loaded: dict[str, float] = json.loads((path / "keel.json").read_text())
+    return loaded
+
+
+def test_the_best_is_the_highest_mean_within_the_kl_bounds(tmp_path: Path) -> None:
+    best = BestPolicy(tmp_path)
+    for step, (score, kl) in enumerate([(1.0, 4.0), (3.0, 4.0), (0.0, 4.0), (9.0, 40.0)]):
+        best.observe(score, kl=kl, kl_target=4.0)
+        best.save_if_better(write_model, tokenizer=TOKENIZER, step=step)
+    assert note(tmp_path / "best") == {"step": 1, "score_normalised": 2.0}
+    for step in range(10, 10 + WINDOW_STEPS):
+        best.observe(9.0, kl=4.0, kl_target=4.0)
+        best.save_if_better(write_model, tokenizer=TOKENIZER, step=step)
+    assert note(tmp_path / "best")["step"] == 10 + WINDOW_STEPS - 1
+
+
+def test_what_a_killed_learner_left_half_written_goes_with_the_next_save(tmp_path: Path) -> None:
+    """One has the size of a model, and each new learner another process id."""
+    left = [tmp_path / "best.new.tmp-1", tmp_path / "final.new.tmp-2", tmp_path / "final.new"]
+    for directory in left:
+        directory.mkdir()
+        write_model(directory)
+    BestPolicy(tmp_path).save_final(write_model, tokenizer=TOKENIZER, step=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_failed_save_leaves_the_policy_before_it(tmp_path: Path) -> None:
+    best = BestPolicy(tmp_path)
+    best.save_final(write_model, tokenizer=TOKENIZER, step=3)
+    with pytest.raises(CheckpointError, match="cannot write policy/final"):
+        best.save_final(no_room, tokenizer=TOKENIZER, step=4)
+    assert note(tmp_path / "final") == {"step": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
