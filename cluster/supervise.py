@@ -64,8 +64,11 @@ class RolePool:
             self._groups[first].tentative = tentative
 
     def shrink_to(self, count: int) -> None:
-        """Drain the newest processes until `count` are to stay. Those that have not started are killed at once."""
-        staying = sorted((group for group in self._groups.values() if not group.draining), key=lambda g: g.asked_s)
+        """Drain the newest processes until `count` are to stay, additions that may still fail before all others. Those
+        that have not started are killed at once."""
+        staying = sorted(
+            (group for group in self._groups.values() if not group.draining), key=lambda g: (g.tentative, g.asked_s)
+        )
         for group in staying[count:]:
             if group.up and group.running:
                 group.drain()
@@ -217,7 +220,7 @@ class RolePool:
             self._withdraw(group, f"{name} did not come up: {cause}")
             return
         self._refresh()
-        never_started = not group.up and group.restarts == 0
+        never_started = not group.up and group.incarnation == 0
         used_up = never_started or group.restarts >= self.role.max_restarts
         final = isinstance(cause, self.role.final_errors)
         if not final and (group.host_lost or not used_up):
@@ -300,8 +303,8 @@ class RolePool:
     def _inspect_room(self, group: Group, now_s: float) -> None:
         """A replacement waits for a node as long as the role is served by others."""
         replacement = group.incarnation > 0 and not group.tentative
-        if now_s - group.asked_s <= self.role.placement_wait_s:
-            return
+        if now_s - group.asked_s <= self.role.placement_wait_s or (group.tentative and self.draining):
+            return  # What drains still holds the room that an addition waits for.
         if replacement and now_s - self._served_s <= self.role.placement_wait_s:
             self._tell_of_waiting(group)
             return

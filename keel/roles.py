@@ -20,6 +20,8 @@ from reward_service.reward_actor import RewardActor, RewardSpec
 log = logging.getLogger(__name__)
 
 _LEARNER_START_S = 180.0
+_REWARD_START_S = 660.0
+"""Above what the worker itself allows for loading its models."""
 _DRAIN_MARGIN_S = 30.0
 """For what follows the last answer: handing leases back, leaving the weight group."""
 
@@ -114,6 +116,7 @@ class Roles:
             gpus=config.reward.gpus_per_worker,
             env=torch_environment(config.reward.threads),
             max_restarts=config.reward.max_restarts,
+            start_timeout_s=_REWARD_START_S,
             placement_wait_s=config.placement.wait_s,
             explain=self._plan,
             advice="lower reward.workers, reward.gpus_per_worker or reward.cpus_per_worker, or add a node",

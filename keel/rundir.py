@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,11 +96,12 @@ def open_run(config: RunConfig, *, resume: bool, fresh: bool) -> Iterator[RunDir
 def _without_secrets(config: RunConfig) -> RunConfig:
     """The configuration as it may lie on disk: no password in the server's URL."""
     url = config.redis.url
-    if url is None or "@" not in url:
+    if url is None:
         return config
     scheme, _, rest = url.partition("://")
-    redis = config.redis.model_copy(update={"url": f"{scheme}://***@{rest.rpartition('@')[2]}"})
-    return config.model_copy(update={"redis": redis})
+    rest = f"***@{rest.rpartition('@')[2]}" if "@" in rest else rest
+    rest = re.sub(r"(?<=[?&]password=)[^&]*", "***", rest)
+    return config.model_copy(update={"redis": config.redis.model_copy(update={"url": f"{scheme}://{rest}"})})
 
 
 def _reconcile(run: RunDirectory, old_text: str, new_text: str) -> None:

@@ -50,7 +50,11 @@ def sft(runtime: Runtime, roles: Roles) -> None:
     del roles
     config = runtime.config
     runtime.call(
-        _offline, "learner.sft:run_sft", config, runtime.run.path, threads=config.sft.threads,
+        _offline,
+        "learner.sft:run_sft",
+        config,
+        runtime.run.path,
+        threads=config.sft.threads,
         gpus=config.learner.gpus_per_rank,
     )
 

@@ -86,10 +86,11 @@ def _check_place(run: RunConfig, *, secrets: Sequence[str]) -> None:
         raise ConfigError(
             "redis.url and --secret KEEL_REDIS_URL exclude each other", do="leave out redis.url; the secret is the URL"
         )
-    if url is not None and urlsplit(url).password:
+    parts = urlsplit(url or "")
+    if parts.password or "password=" in parts.query:
         raise ConfigError(
             "redis.url holds a password, which would lie readable on the cluster",
-            got=f"…@{url.rpartition('@')[2]}",
+            got=f"…@{parts.netloc.rpartition('@')[2]}",
             do="put the URL into the cluster's environment as KEEL_REDIS_URL and give --secret KEEL_REDIS_URL",
         )
 

@@ -31,11 +31,12 @@ from learner.batch import TrainBatch
 from learner.head import target_logprobs
 from learner.lora import adapter_off, adapter_tensors, add_adapter, merged_tensors, save_adapter
 from learner.packing import attend_packed, packs
-from learner.sharding import whole_tensor
+from learner.sharding import compute_device, whole_tensor
 
 ADAPTER_DIR: Final = "adapter"
 """Inside a saved policy's directory: the adapter that its weights contain, for its base model."""
-_PROBE_TOLERANCE: Final = 1e-3
+_HEAD_TOLERANCE: Final = 1e-3
+_PROBE_PROMPT_TOKENS: Final = 1
 
 
 class Policy(nn.Module):
@@ -129,12 +130,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def probe_logprobs(self, token_ids: Tensor) -> Tensor:
-        """[L] ids → [L − 1] log-probability of each token after the first, at temperature 1: to compare an engine's
-        weights with these."""
-        with compute_dtype(self.device, self._dtype):
-            logits_LV = self.model(input_ids=token_ids[None].to(self.device), use_cache=False).logits[0, :-1]
-        logprobs_LV = torch.log_softmax(logits_LV.float(), dim=-1)
-        return logprobs_LV.gather(1, token_ids[1:, None].to(self.device))[:, 0]
+        """[L] ids → [L − 1] log-probability of each token after the first, at temperature 1, float32 on the CPU: to
+        compare an engine's weights with these. Of a sharded model every rank must call it."""
+        logprobs_BT, _ = self.response_logprobs(_probe_batch(token_ids).to(compute_device(self)))
+        return logprobs_BT[0].float().cpu()
 
     @property
     def adapter_info(self) -> AdapterInfo | None:
@@ -182,7 +181,7 @@ class Policy(nn.Module):
         states_BLH = inner_decoder(self.model)(input_ids=ids_BL, use_cache=False).last_hidden_state
         ours = linear_head(self.model, "lm_head")(states_BLH)
         theirs = self.model(input_ids=ids_BL, use_cache=False).logits
-        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=_PROBE_TOLERANCE, rtol=_PROBE_TOLERANCE):
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=_HEAD_TOLERANCE, rtol=_HEAD_TOLERANCE):
             raise ModelError(
                 "the model's logits are not lm_head(hidden state)",
                 got=f"{type(self.model).__name__}, which scales or caps its logits after the head",
@@ -194,3 +193,24 @@ def _gathered(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str,
     """Whole tensors on the CPU; {} where only shards are lent."""
     gathered = ((name, whole_tensor(tensor)) for name, tensor in tensors)
     return {name: tensor.cpu() for name, tensor in gathered if keep}
+
+
+def _probe_batch(token_ids: Tensor) -> TrainBatch:
+    """One sequence as a batch, all but its first token as the answer. What only training reads is zero."""
+    ids_BL, answer_BT = token_ids[None], token_ids[None, _PROBE_PROMPT_TOKENS:]
+    zeros_BT, zeros_B = torch.zeros(answer_BT.shape), torch.zeros(1)
+    return TrainBatch(
+        sequence_ids_BL=ids_BL,
+        response_ids_BT=answer_BT,
+        behaviour_logprobs_BT=zeros_BT,
+        ref_logprobs_BT=zeros_BT,
+        prompt_tokens_B=torch.tensor([_PROBE_PROMPT_TOKENS]),
+        response_tokens_B=torch.tensor([answer_BT.shape[1]]),
+        truncated_B=torch.tensor([False]),
+        temperature_B=torch.ones(1),
+        score_B=zeros_B.double(),
+        group_B=torch.tensor([0]),
+        oldest_version_B=torch.tensor([0]),
+        task_ids=("probe",),
+        rm_versions=("",),
+    )

@@ -7,13 +7,11 @@ Parameters may be shards (DTensor): their state then is sharded as they are, and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cluster.errors import CheckpointError
 from configs.run import OptimizerSection
 
 
@@ -96,35 +94,3 @@ class ScheduledAdamW:
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave; {} is the state before any step. Raises CheckpointError on another
-        module's state."""
-        states: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            name, _, field = key.rpartition("/")
-            states.setdefault(name, {})[field] = value
-        unknown = sorted(states.keys() - self._named.keys())
-        bad = [name for name, state in states.items() if name in self._named and not self._fits(name, state)]
-        if unknown or bad or (states and len(states) != len(self._named)):
-            raise CheckpointError(
-                "optimiser state does not fit the model",
-                got=f"{len(states)} of {len(self._named)} parameters; unknown {unknown[:3]}, misshapen {bad[:3]}",
-                do="resume with the model that the checkpoint was written from",
-            )
-        self._adamw.state.clear()
-        for name, state in states.items():
-            parameter = self._named[name]
-            self._adamw.state[parameter] = {
-                "step": state["step"].detach().clone().cpu(),
-                "exp_avg": state["exp_avg"].detach().clone().to(parameter.device),
-                "exp_avg_sq": state["exp_avg_sq"].detach().clone().to(parameter.device),
-            }
-
-    def _fits(self, name: str, state: Mapping[str, Tensor]) -> bool:
-        shape = self._named[name].shape
-        return (
-            state.keys() == {"step", "exp_avg", "exp_avg_sq"}
-            and state["exp_avg"].shape == shape
-            and state["exp_avg_sq"].shape == shape
-        )

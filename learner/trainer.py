@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,14 +16,12 @@ from cluster.checkpoint_tensors import read_tensors, saved_groups, write_tensors
 from cluster.records import ScoredRollout
 from cluster.weights import AdapterInfo
 from configs.run import RunConfig
-from learner.batch import TrainBatch, train_batch
+from learner.batch import train_batch
 from learner.experience import Experience, make_experience
 from learner.models import load_trainable
 from learner.ranks import Ranks
-from learner.sharding import compute_device, whole_tensor
+from learner.sharding import whole_tensor
 from learner.update import Trainable, UpdateStats, ppo_update
-
-_PROBE_PROMPT_TOKENS: Final = 1
 
 
 class Trainer:
@@ -73,12 +70,9 @@ class Trainer:
         for name, tensor in self._trainable.policy.named_tensors():
             yield name, whole_tensor(tensor).to(self._engine_dtype)
 
-    @torch.no_grad()
     def probe_logprobs(self, token_ids: Tensor) -> Tensor:
-        """[L] ids → [L − 1] log-probability of each token after the first, at temperature 1, float32 on the CPU."""
-        policy = self._trainable.policy
-        logprobs_BT, _ = policy.response_logprobs(_probe_batch(token_ids).to(compute_device(policy)))
-        return logprobs_BT[0].float().cpu()
+        """[L] ids → [L − 1] log-probabilities: see Policy."""
+        return self._trainable.policy.probe_logprobs(token_ids)
 
     def move_to(self, device: torch.device) -> None:
         """Weights and moments, between host memory and a GPU that others use as well; what a GPU kept for later is
@@ -127,24 +121,3 @@ class Trainer:
             groups["critic"] = dict(trainable.critic.named_tensors())
             groups["critic_optimiser"] = trainable.critic_optimiser.state_tensors()
         return groups
-
-
-def _probe_batch(token_ids: Tensor) -> TrainBatch:
-    """One sequence as a batch, all but its first token as the answer. What only training reads is zero."""
-    ids_BL, answer_BT = token_ids[None], token_ids[None, _PROBE_PROMPT_TOKENS:]
-    zeros_BT, zeros_B = torch.zeros(answer_BT.shape), torch.zeros(1)
-    return TrainBatch(
-        sequence_ids_BL=ids_BL,
-        response_ids_BT=answer_BT,
-        behaviour_logprobs_BT=zeros_BT,
-        ref_logprobs_BT=zeros_BT,
-        prompt_tokens_B=torch.tensor([_PROBE_PROMPT_TOKENS]),
-        response_tokens_B=torch.tensor([answer_BT.shape[1]]),
-        truncated_B=torch.tensor([False]),
-        temperature_B=torch.ones(1),
-        score_B=zeros_B.double(),
-        group_B=torch.tensor([0]),
-        oldest_version_B=torch.tensor([0]),
-        task_ids=("probe",),
-        rm_versions=("",),
-    )

@@ -33,7 +33,7 @@ def ray() -> Iterator[Any]:
 @pytest.mark.timeout(120)
 def test_a_node_is_seen_from_without_and_from_within(ray: Any, tmp_path: Path) -> None:
     (node,) = ClusterView.from_ray(ray).nodes
-    assert (node.cpus, node.gpus, node.has_run_dir) == (2.0, 0.0, None)
+    assert (node.cpus, node.gpus, node.has_run_dir, node.driver) == (2.0, 0.0, None, True)
     assert node.object_store_bytes == 128 << 20
     (probed,) = ClusterView.from_ray(ray, run_dir=tmp_path).nodes
     assert probed.has_run_dir is False

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 import learner.critic
 import learner.policy
 from cluster.checkpoint_tensors import read_whole
-from cluster.errors import KeelError, NonFiniteError, SupervisionError
+from cluster.errors import KeelError, NonFiniteError, StreamError, SupervisionError
 from cluster.rendezvous import MemoryRendezvous
 from cluster.streams_memory import MemoryStreams
 from cluster.weights import MemoryWeightChannel, unpack
 from configs.run import LoraSection, RunConfig
 from learner.follow import Follower
-from learner.meet import find_store, open_store
+from learner.meet import Place, find_store, meet, open_store
 from learner.models import load_trainable
 from learner.ranks import Ranks
 from learner.state import LearnerState
@@ -278,7 +278,37 @@ def test_a_follower_notices_the_death_of_the_first_rank() -> None:
         group.kill()
 
 
+def order_twice(ranks: Ranks, told: Path) -> list[bytes] | None:
+    """Rank 0 is two orders ahead before the last rank begins to listen: of this many, a broadcast's leaves are far from
+    its root."""
+    if ranks.rank == 0:
+        for order in (b"one", b"two"):
+            ranks.tell(order)
+        told.touch()
+        return None
+    if ranks.rank == ranks.size - 1:
+        deadline_s = time.monotonic() + 20.0
+        while not told.exists() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+    return [ranks.listen(), ranks.listen()]
+
+
+def test_a_slow_listener_misses_no_order(tmp_path: Path) -> None:
+    size = 8
+    assert on_ranks(order_twice, tmp_path / "told", size=size) == [None] + [[b"one", b"two"]] * (size - 1)
+
+
 # ---------------------------------------------------------------- meeting
+
+
+async def test_a_group_stands_although_its_address_could_not_be_taken_back() -> None:
+    """Otherwise the other ranks, which have met it already, would wait for a first rank that gave up."""
+    rendezvous = MemoryRendezvous()
+    place = Place(rank=0, size=1, group=5, host="127.0.0.1")
+    with mock.patch.object(rendezvous, "withdraw", side_effect=StreamError("the server is away", got="nothing")):
+        ranks = await meet(rendezvous, place=place, device=torch.device("cpu"), timeout_s=20.0)
+    ranks.close()
+    assert ranks.size == 1
 
 
 async def test_a_rank_finds_its_group_past_an_address_that_is_left_over() -> None:

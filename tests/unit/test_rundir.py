@@ -66,12 +66,19 @@ def test_finished_stages_keep_their_settings_and_more_steps_reopen_ppo(tmp_path:
         assert not run.done("evaluate")
 
 
-def test_no_password_lies_in_the_run_directory(tmp_path: Path) -> None:
-    changed = config(tmp_path, "redis.url=rediss://user:hunter2@cache.example:6380/1")
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("rediss://user:hunter2@cache.example:6380/1", "rediss://***@cache.example:6380/1"),
+        ("redis://cache.example/1?password=hunter2&db=2", "redis://cache.example/1?password=***&db=2"),
+    ],
+)
+def test_no_password_lies_in_the_run_directory(tmp_path: Path, url: str, shown: str) -> None:
+    changed = config(tmp_path, f"redis.url={url}")
     with open_run(changed, resume=False, fresh=False) as run:
         text = (run.path / "config.yaml").read_text()
     assert "hunter2" not in text
-    assert "rediss://***@cache.example:6380/1" in text
+    assert shown in text
     with open_run(changed, resume=True, fresh=False):
         pass
 

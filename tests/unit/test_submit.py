@@ -135,6 +135,7 @@ def test_too_large_a_package_is_refused_with_the_culprit(tmp_path: Path, monkeyp
         (["learner.minibatches=64", RUNS], [], "learner.minibatches"),
         ([], [], "runs_dir that outlives"),
         ([RUNS, "redis.url=redis://me:hunter2@host:6379"], [], "KEEL_REDIS_URL"),
+        ([RUNS, "redis.url=redis://host:6379?password=hunter2"], [], "KEEL_REDIS_URL"),
         ([RUNS, "redis.url=redis://host:6379"], ["KEEL_REDIS_URL"], "exclude each other"),
         ([RUNS, "data={preferences: {kind: file, path: absent.jsonl}}"], [], "no such file here"),
     ],
