@@ -57,9 +57,9 @@ class EngineVersions:
 
     async def first(self) -> None:
         """Return when the engine holds what the channel had at this time, or something newer."""
-        newest = await self._weights.latest()
+        newest = await self._weights.newest_version()
         async with self._changed:
-            wanted = 0 if newest is None else newest.version
+            wanted = 0 if newest is None else newest
             await self._changed.wait_for(lambda: self._ready >= wanted)
 
     async def wait(self, version: int, *, timeout_s: float) -> int:

@@ -5,7 +5,8 @@ Waits for: vLLM's engine core, in another process or thread. Who unblocks a call
 engine's end after a failed weight update (`_ended`), which every call watches.
 Always holds: tokens are sampled with one version's weights each, and labelled with it, because the core is paused from
 before the first tensor is loaded until after the label has changed; no cached key or value outlives its weights,
-because every pause clears the cache, prefixes included; an engine whose update failed never generates again.
+because every pause to load clears the cache, prefixes included; an engine whose update failed never generates again,
+while one that only failed to receive goes on with the weights that it has.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -117,13 +118,39 @@ class VllmEngine:
             plan = self._plan
             if plan is None or plan.epoch != update.epoch:
                 raise GroupBrokenError(f"the engine is not in weight group {update.epoch}")
+            # Received whole before anything is touched: over gloo while generation goes on, not so over NCCL.
+            paused_s = 0.0
             if plan.backend == "nccl":
-                # Loaded as it comes: a broadcast that fails leaves a mix, and ends the engine.
-                return await self._change_to(update, lambda: self._replace_weights(update, "nccl"))
-            # Received whole before anything is touched, while generation goes on.
-            limit_s = plan.timeout_s * (1 + -(-update.size_bytes // plan.bucket_bytes))  # each bucket has its deadline
-            await self._in_workers("receive", {"size_bytes": update.size_bytes}, timeout_s=limit_s)
-            return await self._change_to(update, lambda: self._replace_weights(update, "staged"))
+                started_s = time.perf_counter()
+                await self._receive_paused(update)
+                paused_s = time.perf_counter() - started_s
+            else:
+                # Each bucket has its deadline.
+                limit_s = plan.timeout_s * (1 + -(-update.size_bytes // plan.bucket_bytes))
+                await self._in_workers("receive", _update_info(update, "staged"), timeout_s=limit_s)
+            timings = await self._change_to(update, lambda: self._replace_weights(update, "staged"))
+            return replace(timings, pause_s=paused_s + timings.pause_s)
+
+    async def _receive_paused(self, update: GroupUpdate) -> None:
+        """Two NCCL groups of one GPU that work at a time can block each other, so the workers' own rests. The engine
+        stays paused; when nothing came, it leaves the group and goes on. Raises GroupBrokenError."""
+        await self._watched(self._llm.pause_generation(mode="keep", clear_cache=False))
+        try:
+            await self._in_workers("receive", _update_info(update, "staged"), timeout_s=self._spec.update_timeout_s)
+        except BaseException:
+            with contextlib.suppress(KeelError):  # a group that cannot be left is left behind
+                await self.leave_group()
+            if self._end_reason is None:
+                await self._resume()
+            raise
+
+    async def _resume(self) -> None:
+        try:
+            async with asyncio.timeout(_LEAVE_S):
+                await self._watched(self._llm.resume_generation())
+        except Exception as error:
+            self._end(f"it did not go on after a broken broadcast: {type(error).__name__}")
+            raise self._dead_error() from error
 
     async def _change_to(
         self, update: WeightBlob | GroupUpdate, work: Callable[[], Awaitable[SyncTimings]]
@@ -270,7 +297,13 @@ class VllmEngine:
     async def _load_landed(self, blob: WeightBlob) -> SyncTimings:
         if blob.shared is not None:
             return await self._replace_weights(blob, blob.shared.location)
-        with self._land(blob.buffer) as location:
+        with contextlib.ExitStack() as stack:
+            # Seconds for a large model, so not on the event loop. Waited for in any case: a copy cannot be cancelled.
+            landing = asyncio.ensure_future(asyncio.to_thread(stack.enter_context, self._land(blob.buffer)))
+            try:
+                location = await asyncio.shield(landing)
+            finally:
+                await asyncio.wait((landing,))
             return await self._replace_weights(blob, location)
 
     async def _replace_weights(self, update: WeightBlob | GroupUpdate, location: str) -> SyncTimings:

@@ -200,8 +200,8 @@ class RolloutActor:
     async def sync_to_newest(self, *, timeout_s: float = SYNC_TIMEOUT_S) -> int:
         """`sync_to` what is published now. Returns the engine's version; without publications, the one it has."""
         engine, _ = self._parts()
-        newest = await self._spec.channel.latest()
-        return engine.version if newest is None else await self.sync_to(newest.version, timeout_s=timeout_s)
+        newest = await self._spec.channel.newest_version()
+        return engine.version if newest is None else await self.sync_to(newest, timeout_s=timeout_s)
 
     def _parts(self) -> tuple[Engine, RolloutWorker]:
         if self._engine is None or self._worker is None:

@@ -2,11 +2,11 @@
 
 Named as `worker_extension_cls`, this module is imported by every worker before its model is built, and the import
 registers the backend. It takes a version from where it lies and loads it with the model's own `load_weights`, which
-fuses, shards for tensor parallelism, casts and copies to the device. A version comes one of four ways:
+fuses, shards for tensor parallelism, casts and copies to the device. A version comes one of three ways:
 - "memory:…" or "file:…": the packed buffer where the actor put it (actors/landing.py).
 - "shared:…": the packed buffer where the learner keeps it, on the GPU that both use, or in host memory.
-- "staged": the packed buffer that this worker received over gloo, whole, before the update began.
-- "nccl": by vLLM's own NCCL engine, bucket by bucket into the model, during the update.
+- "staged": the packed buffer that this worker received from its group, whole, before the update began: over gloo, or
+  by vLLM's own NCCL receiver, which hands over tensor after tensor (`_Stager`).
 
 Two ways to load:
 - GPU: vLLM's layer-wise reload, which repeats whatever a quantisation or kernel does to weights after loading.
@@ -14,7 +14,8 @@ Two ways to load:
   stale for a tied LM head: wrong log-probs without a warning. Should a later vLLM drop the private switch, the
   layer-wise reload is used and that handle is rebuilt.
 
-Joining a group and receiving over gloo run in a thread (`WorkerPlugin`), so the engine generates meanwhile.
+Joining a group, receiving and leaving run in a thread each (`WorkerPlugin`), so the engine answers meanwhile. A thread
+that a later job has replaced changes nothing any more: what it has made, it closes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -39,9 +40,9 @@ from vllm.platforms import current_platform
 from actors.landing import in_process_buffer
 from cluster.errors import WeightSyncError
 from cluster.gloo_group import GlooFollower
-from cluster.weight_group import GroupPlan
+from cluster.weight_group import GroupBrokenError, GroupPlan
 from cluster.weight_sharing import is_shared, open_shared
-from cluster.weights import Bytes, SharedBytes, TensorEntry, unpack_entries, unpack_storage
+from cluster.weights import Bytes, SharedBytes, TensorEntry, copy_entries, unpack_entries, unpack_storage
 
 BACKEND: Final = "keel"
 _log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class WorkerPlugin:
     weight_transfer_engine: Any
 
     def keel_begin(self, job: str, argument: dict[str, Any]) -> None:
-        """Start "join" (argument: a plan), "receive" (size_bytes) or "leave" in a thread."""
+        """Start "join" (argument: a plan), "receive" (what KeelUpdateInfo holds) or "leave" in a thread."""
         self.weight_transfer_engine.begin(job, argument)
 
     def keel_state(self) -> str:
@@ -69,8 +70,8 @@ class KeelInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class KeelUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Where the version is ("memory:<key>", "file:<path>", "shared:<…>", "staged", "nccl"), its size, and the
-    manifest in columns."""
+    """Where the version is ("memory:<key>", "file:<path>", "shared:<…>", "staged"), its size, and the manifest in
+    columns."""
 
     location: str
     size_bytes: int
@@ -99,6 +100,8 @@ class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):  #
         self._follower: GlooFollower | None = None
         self._native: Any = None
         self._staged: Bytes | None = None
+        self._lock = threading.Lock()
+        """Of the four fields around it, which a job that was replaced may still be about to write."""
         self._job: threading.Thread | None = None
         self.job_state = "done"
         if current_platform.is_cpu() and not self._in_place:
@@ -115,51 +118,66 @@ class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):  #
             "receive": self._receive,
             "leave": self._leave,
         }
-        if job != "receive":
-            # A thread that still waits in the old group wakes with its abort, and reports to nobody.
-            self._leave({})
 
         def run() -> None:
             try:
                 if not current_platform.is_cpu():
                     torch.accelerator.set_device_index(self.device.index or 0)  # a thread starts on device 0
+                if job != "receive":
+                    # A thread that still waits in the old group wakes with its abort, and reports to nobody.
+                    self._leave({})
                 work[job](argument)
                 state = "done"
             except Exception as error:
                 state = f"{type(error).__name__}: {error}"
-            if self._job is threading.current_thread():
-                self.job_state = state
+            with self._lock:
+                if self._is_current():
+                    self.job_state = state
 
-        self.job_state = "busy"
-        self._job = threading.Thread(target=run, name=f"keel-{job}", daemon=True)
-        self._job.start()
+        thread = threading.Thread(target=run, name=f"keel-{job}", daemon=True)
+        with self._lock:
+            self._job, self.job_state = thread, "busy"
+        thread.start()
+
+    def _is_current(self) -> bool:
+        """Of the thread that asks."""
+        return self._job is threading.current_thread()
 
     def _join(self, argument: dict[str, Any]) -> None:
         first_rank = argument.pop("first_rank")
         plan = GroupPlan(**argument)
+        follower: GlooFollower | None = None
+        native: Any = None
         if plan.backend == "nccl":
-            self._native = _join_nccl(self, plan, first_rank=first_rank)
-            return
-        follower = GlooFollower.join(plan, rank=first_rank + self.parallel_config.rank)
-        if self._job is threading.current_thread():
-            self._follower = follower
+            native = _join_nccl(self, plan, first_rank=first_rank)
         else:
-            follower.close()
+            follower = GlooFollower.join(plan, rank=first_rank + self.parallel_config.rank)
+        with self._lock:
+            if self._is_current():
+                self._follower, self._native = follower, native
+                return
+        _close(follower, native)
 
     def _receive(self, argument: dict[str, Any]) -> None:
-        if self._follower is None:
+        info = KeelUpdateInfo(**argument)
+        with self._lock:
+            follower, native = self._follower, self._native
+        if native is not None:
+            staged = _receive_nccl(native, info, wanted=self._is_current)
+        elif follower is not None:
+            staged = follower.receive(info.size_bytes)
+        else:
             raise WeightSyncError("this engine is in no weight group", do="join one first")
-        self._staged = self._follower.receive(argument["size_bytes"])
+        with self._lock:
+            if self._is_current():
+                self._staged = staged
 
     def _leave(self, argument: dict[str, Any]) -> None:
         del argument
-        self._staged = None
-        if self._follower is not None:
-            self._follower.close()
-            self._follower = None
-        if self._native is not None:
-            self._native.shutdown()
-            self._native = None
+        with self._lock:
+            follower, native = self._follower, self._native
+            self._follower = self._native = self._staged = None
+        _close(follower, native)
 
     # ---------------------------------------------------------------- an update
 
@@ -170,9 +188,8 @@ class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):  #
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: KeelUpdateInfo) -> None:
-        loaded = self._load_native(update_info) if update_info.location == "nccl" else self._load(update_info)
         # vLLM itself accepts a partial update without a word.
-        missing = self._parameter_names - loaded
+        missing = self._parameter_names - self._load(update_info)
         if missing:
             raise WeightSyncError(
                 "the weight update left parameters as they were",
@@ -193,19 +210,6 @@ class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):  #
             buffer = _open(update_info)
         return set(self.model.load_weights(unpack_entries(update_info.manifest(), buffer)) or ())
 
-    def _load_native(self, update_info: KeelUpdateInfo) -> set[str]:
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
-
-        if self._native is None:
-            raise WeightSyncError("this engine is in no weight group", do="join one first")
-        self._native.model = recorder = _LoadRecorder(self.model)
-        self._native.receive_weights(
-            NCCLWeightTransferUpdateInfo(
-                names=update_info.names, dtype_names=update_info.dtypes, shapes=update_info.shapes
-            )
-        )
-        return recorder.loaded
-
     def finish_weight_update(self) -> None:
         if not self._in_place:
             from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -218,18 +222,44 @@ class KeelWeightTransfer(WeightTransferEngine[KeelInitInfo, KeelUpdateInfo]):  #
         self._leave({})
 
 
-class _LoadRecorder:
-    """Stands in for the model where vLLM's engine loads bucket by bucket, and remembers what was loaded."""
+class _Stager:
+    """Stands in for the model where vLLM's NCCL receiver would load bucket by bucket: puts each tensor in its place in
+    a host buffer. The model is touched when the whole version is there, so a broadcast that breaks harms no engine."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-        self.loaded: set[str] = set()
+    def __init__(self, manifest: Sequence[TensorEntry], *, size_bytes: int, wanted: Callable[[], bool]) -> None:
+        self.buffer: Bytes = np.empty(size_bytes, dtype=np.uint8)
+        self._entries = {entry.name: entry for entry in manifest}
+        self._wanted = wanted
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        model: Any = self._model
-        names = set(model.load_weights(weights) or ())
-        self.loaded |= names
+        """Raises WeightSyncError once its job is not wanted any more."""
+        storage, names = torch.from_numpy(self.buffer), set()
+        for name, tensor in weights:
+            self._check()
+            copy_entries([(name, tensor)], [self._entries[name]], storage)  # waits for the bucket on its stream
+            # An aborted group wakes the copy: its bytes are no weights, and NCCL must not be called again.
+            self._check()
+            names.add(name)
         return names
+
+    def _check(self) -> None:
+        if not self._wanted():
+            raise WeightSyncError("this broadcast was given up")
+
+
+def _receive_nccl(native: Any, info: KeelUpdateInfo, *, wanted: Callable[[], bool]) -> Bytes:
+    """A new buffer with what the leader sent, as its manifest says."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
+
+    stager = _Stager(info.manifest(), size_bytes=info.size_bytes, wanted=wanted)
+    native.model = stager
+    try:
+        native.receive_weights(
+            NCCLWeightTransferUpdateInfo(names=info.names, dtype_names=info.dtypes, shapes=info.shapes)
+        )
+    finally:
+        native.model = None  # it would keep the buffer
+    return stager.buffer
 
 
 def _join_nccl(transfer: KeelWeightTransfer, plan: GroupPlan, *, first_rank: int) -> Any:
@@ -247,7 +277,16 @@ def _join_nccl(transfer: KeelWeightTransfer, plan: GroupPlan, *, first_rank: int
             packed_buffer_size_bytes=plan.bucket_bytes,
         )
     )
+    if native.model_update_group.disabled:  # every broadcast would bring nothing, without a word
+        raise GroupBrokenError("vLLM cannot use NCCL in this worker", do="see VLLM_DISABLE_PYNCCL")
     return native
+
+
+def _close(follower: GlooFollower | None, native: Any) -> None:
+    if follower is not None:
+        follower.close()
+    if native is not None:
+        native.shutdown()
 
 
 def _open(update_info: KeelUpdateInfo) -> Bytes:

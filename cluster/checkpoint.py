@@ -8,7 +8,7 @@ there. Nothing is pickled. Ranks on several nodes need the directory on a file s
 
     checkpoints/step-00000040/manifest.json       schema version, step, size and sha256 of each other file
                               state.json
-                              shard-….safetensors one file a rank: cluster/checkpoint_tensors.py
+                              shard-….safetensors of each rank: cluster/checkpoint_tensors.py
     checkpoints/step-00000040.1/                  the same step saved again; the highest number counts
     checkpoints/pinned.json                       steps that pruning leaves alone
 """

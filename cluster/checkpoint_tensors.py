@@ -1,10 +1,10 @@
 """Tensors in a checkpoint's directory: torch.distributed.checkpoint with its safetensors storage, nothing pickled.
 
-Each process writes what it holds of each tensor to one file of its own; where each piece belongs is in the file's
-header. What any number of processes wrote, any number reads, each what it holds. A `collective` call is made by all
-members of the default process group together, and all see the same outcome; otherwise the caller is alone.
+Each process writes what it holds of each tensor to files of its own; where each piece belongs is in the file's header.
+What any number of processes wrote, any number reads, each what it holds. A `collective` call is made by all members of
+the default process group together, and all see the same outcome; otherwise the caller is alone.
 
-    shard-00001-model-00001-of-00001.safetensors     of the first process; names are "<group>/<tensor>"
+    shard-00001-model-00001-of-00002.safetensors     of the first process; names are "<group>/<tensor>"
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from cluster.errors import CheckpointError
 
@@ -21,17 +21,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Groups = Mapping[str, Mapping[str, "Tensor"]]
+FILE_BYTES: Final = 2 << 30
+"""About the size of a file: while one is written, it is in host memory twice."""
 
 
 def write_tensors(directory: Path, groups: Groups, *, collective: bool) -> None:
     """Write them all, sharded (DTensor) or whole, of any device and dtype; whole ones are the same on every process and
     written once. Raises OSError when the disk of any process refuses."""
+    from torch import distributed
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     flat = _apart({name: tensor.detach().contiguous() for name, tensor in _flat(groups).items()})
-    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    files = _files(flat, bytes_each=FILE_BYTES * (distributed.get_world_size() if collective else 1))
+    writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=files, save_distributed=True)
     try:
         with _quietly():
             save(flat, storage_writer=writer, no_dist=not collective)
@@ -100,6 +104,17 @@ def _quietly() -> Iterator[None]:
 
 def _flat(groups: Groups) -> dict[str, Tensor]:
     return {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+
+
+def _files(flat: Mapping[str, Tensor], *, bytes_each: int) -> dict[str, int]:
+    """Which file, from 1, each tensor goes to: `bytes_each` of whole tensors to one, unless a single one is larger."""
+    files, number, room = {}, 0, 0
+    for name, tensor in flat.items():
+        if tensor.nbytes > room:
+            number, room = number + 1, bytes_each
+        room -= tensor.nbytes
+        files[name] = max(number, 1)
+    return files
 
 
 def _apart(flat: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -108,6 +108,9 @@ class WeightBoard:
     async def latest(self) -> Notice | None:
         return self._newest
 
+    async def newest_version(self) -> int | None:
+        return None if self._newest is None else self._newest.version
+
     async def lose_shared(self) -> None:
         """The publisher is gone, and what it shared with it: consumers wait for the next version."""
         if self._newest is not None and self._newest.shared is not None:
@@ -122,8 +125,8 @@ class WeightBoard:
         self, member: str, ranks: int, than_version: int, known_epoch: int, timeout_s: float
     ) -> Notice | GroupPlan | None:
         """The next thing for a member to do: take a version, or a place in a group. Makes it a member."""
-        self._book.register(member, ranks=ranks)
-        self._notify()
+        if self._book.register(member, ranks=ranks):
+            self._notify()  # not at every poll: each would wake all the others
         return await self._until(
             lambda: self._newer(than_version) or self._book.plan_for(member, known_epoch=known_epoch),
             timeout_s=timeout_s,
@@ -135,8 +138,8 @@ class WeightBoard:
 
     async def enter(self, member: str, epoch: int, version: int, timeout_s: float) -> bool:
         """Be ready for a version, and wait for the others. False: read it from the store."""
-        self._book.enter(member, epoch=epoch, version=version)
-        self._notify()
+        if self._book.enter(member, epoch=epoch, version=version):
+            self._notify()
         go = await self._until(lambda: _boxed(self._book.decision(epoch, version)), timeout_s=timeout_s)
         if go is None:
             self._book.call_off()

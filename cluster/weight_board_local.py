@@ -43,6 +43,10 @@ class LocalBoardChannel:
         notice = await self.ask("latest", timeout_s=0.0)
         return None if notice is None else await self.fetch(notice)
 
+    async def newest_version(self) -> int | None:
+        version: int | None = await self.ask("newest_version", timeout_s=0.0)
+        return version
+
     async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
         notice = await self.ask("wait_newer", than_version, timeout_s, timeout_s=timeout_s)
         return None if notice is None else await self.fetch(notice)
@@ -50,6 +54,9 @@ class LocalBoardChannel:
     def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
         del name, joiner
         return StoreFeed(self)
+
+    def close_publisher(self) -> None:
+        """Nothing was started."""
 
     def close(self) -> None:
         if self._closed:

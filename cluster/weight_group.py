@@ -142,14 +142,19 @@ class GroupBook:
         """Of the newest plan. Counts on from the clock, so that a board which starts again, with members that have
         seen its earlier plans, does not give an epoch twice."""
 
-    def register(self, member: str, *, ranks: int) -> None:
-        """A member that asks for weights is a member. A process named "x.2" takes the place of "x.1"."""
+    def register(self, member: str, *, ranks: int) -> bool:
+        """A member that asks for weights is a member. A process named "x.2" takes the place of "x.1", and keeps it
+        when a late question of "x.1" comes. Returns whether anything changed."""
         if member in self.members:
-            return
+            return False
         slot, dot, _ = member.rpartition(".")
-        for other in [name for name in self.members if dot and name.rpartition(".")[0] == slot]:
+        others = [name for name in self.members if dot and name.rpartition(".")[0] == slot]
+        if any(_incarnation(other) > _incarnation(member) for other in others):
+            return False
+        for other in others:
             self.remove(other)
         self.members[member] = ranks
+        return True
 
     def remove(self, member: str) -> None:
         """The plan that counted on the member ends with its membership."""
@@ -207,14 +212,16 @@ class GroupBook:
         self.offer = _Offer(epoch, version)
         return True
 
-    def enter(self, member: str, *, epoch: int, version: int) -> None:
-        """The member is ready to receive. With the last one, the offer is decided."""
+    def enter(self, member: str, *, epoch: int, version: int) -> bool:
+        """The member is ready to receive. Returns whether it was the last one, which decides the offer."""
         offer, plan = self._current(epoch, version), self.plan
         if offer is None or plan is None or offer.go is not None:
-            return
+            return False
         offer.ready.add(member)
-        if offer.ready >= set(plan.offsets):
-            offer.go = True
+        if not offer.ready >= set(plan.offsets):
+            return False
+        offer.go = True
+        return True
 
     def decision(self, epoch: int, version: int) -> bool | None:
         """Whether the version goes through the group; None while that is open."""
@@ -242,6 +249,12 @@ class GroupBook:
         offer, plan = self.offer, self.plan
         here = offer is not None and (offer.epoch, offer.version) == (epoch, version)
         return offer if here and plan is not None and plan.epoch == epoch else None
+
+
+def _incarnation(member: str) -> int:
+    """Of "x.2": 2."""
+    number = member.rpartition(".")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def _tellings(members: Mapping[str, int], said: Mapping[str, str]) -> Tellings:

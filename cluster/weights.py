@@ -112,7 +112,7 @@ class WeightBlob:
 
 
 class WeightChannel(Protocol):
-    """How weights travel. The learner calls `publish`; any number of consumers call the other two."""
+    """How weights travel. The learner calls `publish` and `close_publisher`; any number of consumers the others."""
 
     def publish(self, blob: WeightBlob) -> None:
         """Make `blob` the newest. Raises WeightSyncError unless its version is above every one published before."""
@@ -122,12 +122,21 @@ class WeightChannel(Protocol):
         """The newest blob, or None before the first."""
         ...
 
+    async def newest_version(self) -> int | None:
+        """The newest blob's version, without the blob; None before the first."""
+        ...
+
     async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
         """The newest blob as soon as its version is above `than_version`; None when none came within `timeout_s`."""
         ...
 
     def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
         """The updates of one running consumer, which may come through a group of processes that `joiner` joins."""
+        ...
+
+    def close_publisher(self) -> None:
+        """End whatever `publish` has started in this process, once what is on its way has gone. May block, for a
+        deadline of the channel's own. What is published stays."""
         ...
 
 
@@ -167,9 +176,16 @@ def pack(
     tensors = [(name, tensor.detach().to("cpu").contiguous()) for name, tensor in named_tensors]
     manifest, size = lay_out(tensors)
     buffer = np.zeros(size, dtype=np.uint8)
-    copy_entries(tensors, manifest, torch.from_numpy(buffer))
+    copy_entries(_let_go(tensors), manifest, torch.from_numpy(buffer))
     buffer.flags.writeable = False
     return WeightBlob(version=version, manifest=manifest, buffer=buffer, probe=probe, adapter=adapter)
+
+
+def _let_go(tensors: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in order, none of them kept: else the model would be in memory twice by the end of a copy."""
+    tensors.reverse()
+    while tensors:
+        yield tensors.pop()
 
 
 def lay_out(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[tuple[TensorEntry, ...], int]:
@@ -283,6 +299,10 @@ class MemoryWeightChannel:
     async def latest(self) -> WeightBlob | None:
         return self._newest
 
+    async def newest_version(self) -> int | None:
+        newest = self._newest
+        return None if newest is None else newest.version
+
     async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
         event = asyncio.Event()
         waiter = (asyncio.get_running_loop(), event)
@@ -303,3 +323,6 @@ class MemoryWeightChannel:
     def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
         del name, joiner
         return StoreFeed(self)
+
+    def close_publisher(self) -> None:
+        """Nothing was started."""

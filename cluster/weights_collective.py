@@ -65,6 +65,9 @@ class CollectiveWeightChannel:
     async def latest(self) -> WeightBlob | None:
         return await self._store.latest()
 
+    async def newest_version(self) -> int | None:
+        return await self._store.newest_version()
+
     async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
         return await self._store.wait_newer(than_version, timeout_s=timeout_s)
 
@@ -78,7 +81,8 @@ class CollectiveWeightChannel:
         return BroadcastStats() if self._publisher is None else self._publisher.stats
 
     def close_publisher(self) -> None:
-        """End this process's part: the thread and its group. The store stays."""
+        """End this process's part: the thread and its group, after a broadcast in progress, or its deadline. The store
+        stays."""
         with self._starting:
             publisher, self._publisher = self._publisher, None
         if publisher is not None:

@@ -4,8 +4,9 @@ Consumes: blobs from the learner's process. Produces: read-only, zero-copy views
 Waits for: the board's answer and the payload's arrival, each with a deadline. Who unblocks a long poll: the board, at
 the next `publish` or at the poll's timeout.
 Always holds: the board keeps a reference to the newest payload only; older ones are freed when their last reader lets
-go. The board's process owns the payload, so the learner's death loses no weights; should the board's node go down, the
-versions it held count as never published, and consumers wait for the next.
+go. The board's process owns the payload, so the learner's death loses no weights. A board that dies is not started
+again, since an empty one would leave engines and learner waiting for each other: every call on it then raises
+WeightSyncError, the run ends, and goes on from its checkpoint with --resume.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class RayWeightChannel:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         # Every engine keeps a long poll waiting: with fewer places than engines, `publish` would wait behind them.
-        remote = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=100_000)(RayWeightBoard)
+        remote = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=100_000)(RayWeightBoard)
         # Beside its creator: another host can be lost without the weights.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {"scheduling_strategy": here}
@@ -93,6 +94,10 @@ class RayWeightChannel:
         notice = await self.ask("latest", timeout_s=0.0)
         return None if notice is None else await self.fetch(notice)
 
+    async def newest_version(self) -> int | None:
+        version: int | None = await self.ask("newest_version", timeout_s=0.0)
+        return version
+
     async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
         deadline = time.monotonic() + timeout_s
         while True:
@@ -108,6 +113,9 @@ class RayWeightChannel:
     def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
         del name, joiner
         return StoreFeed(self)
+
+    def close_publisher(self) -> None:
+        """Nothing was started."""
 
     def lose_shared(self) -> None:
         """For whoever saw the publisher die: what it shared with it cannot be had any more."""

@@ -115,6 +115,8 @@ class LearnerSection(Section):
     """Processes that the learner is sharded over (FSDP2), over nodes if need be; one a GPU where there are GPUs."""
     collective_timeout_s: PositiveFloat = 600.0
     """A rank that waits longer than this for the others counts as lost."""
+    start_timeout_s: PositiveFloat = 1800.0
+    """For the ranks to meet, and to read the models and the newest checkpoint."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """When a rank dies, all ranks are replaced and go on from the newest checkpoint, so many times in a run."""
     task_deadline_s: PositiveFloat = 120.0

@@ -283,8 +283,9 @@ class PlacementSection(Section):
     spread: Literal["pack", "spread"] = "pack"
     """pack: fill nodes one after another; spread: rollout actors evenly over nodes."""
     colocate: bool = False
-    """The learner's rank and the engine take turns on one GPU: the engine sleeps while the learner trains and takes
-    weights through CUDA IPC. Needs learner.max_staleness 0, one rank and one actor."""
+    """The learner's rank and the engine take turns on one GPU: the engine sleeps while the learner trains; the learner's
+    weights and moments are in host memory while the engine generates. Weights go through CUDA IPC, adapters through the
+    object store. Needs learner.max_staleness 0, one rank and one actor."""
     wait_s: PositiveFloat = 60.0
     """How long to wait for the cluster to have what the plan asks for (an autoscaling cluster grows meanwhile)."""
 

@@ -233,7 +233,8 @@ def _roles(architecture: Architecture | None, config: RunConfig, cluster: Cluste
     for stage in offline:
         if stage in stages:
             size = nothing if architecture is None else offline_stage(architecture, config, stage=stage)
-            yield RolePlan(stage, 1, 1.0, learner.gpus_per_rank, size, online=False)
+            copies = stage == "sft" and config.sft.epochs == 0
+            yield RolePlan(stage, 1, 1.0, 0.0 if copies else learner.gpus_per_rank, size, online=False)
     if "ppo" in stages:
         size = nothing if architecture is None else learner_rank(architecture, config)
         rest = nothing if architecture is None else learner_rank(architecture, config, first=False)

@@ -19,7 +19,6 @@ from reward_service.reward_actor import RewardActor, RewardSpec
 
 log = logging.getLogger(__name__)
 
-_LEARNER_START_S = 180.0
 _REWARD_START_S = 660.0
 """Above what the worker itself allows for loading its models."""
 _DRAIN_MARGIN_S = 30.0
@@ -149,7 +148,7 @@ class Roles:
             gpus=config.learner.gpus_per_rank,
             env=torch_environment(config.learner.threads),
             max_restarts=config.learner.max_restarts,
-            start_timeout_s=max(_LEARNER_START_S, config.learner.collective_timeout_s),
+            start_timeout_s=config.learner.start_timeout_s,
             placement_wait_s=config.placement.wait_s,
             explain=self._plan,
             finite=True,

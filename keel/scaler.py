@@ -79,6 +79,7 @@ class Scaler:
         self._clock = clock
         self._idle_of_actors = idle_of_actors
         self._autoscaler = None if section is None else Autoscaler(section)
+        self._one_gpu = config.placement.colocate
         self._by_hand = False
         self._change: _Change | None = None
         self._seen = ""
@@ -99,6 +100,10 @@ class Scaler:
         if request.actors is None:
             self._hand_back(request)
             return
+        if self._one_gpu and request.actors > 1:
+            reason = f"placement.colocate puts one engine on the learner's GPU: 1 actor, not {request.actors}"
+            self._refuse(request, f"{reason}; start the run without it to have more")
+            return
         self._by_hand = True
         paused = ", autoscaling pauses" if self._autoscaler is not None else ""
         self._note("scale", f"{_actors(request.actors)} asked for (now {self._pool.wanted}){paused}")
@@ -106,14 +111,23 @@ class Scaler:
 
     def _hand_back(self, request: ScaleRequest) -> None:
         if self._autoscaler is None:
-            self._tell(request.number, "refused", "this run does not scale by itself: rollout.autoscale is not set")
+            self._refuse(request, "this run does not scale by itself: rollout.autoscale is not set")
             return
         self._by_hand = False
         self._autoscaler.changed(now_s=self._clock())
-        if self._change is not None:
-            self._change = replace(self._change, number="")  # It goes on; its reports would hide the answer.
+        self._answer_no_more()
         self._note("scale", "autoscaling goes on")
         self._tell(request.number, "done", "autoscaling goes on")
+
+    def _refuse(self, request: ScaleRequest, reason: str) -> None:
+        self._answer_no_more()
+        self._note("scale", f"refused: {reason}")
+        self._tell(request.number, "refused", reason)
+
+    def _answer_no_more(self) -> None:
+        """A change in progress goes on; its reports would hide the answer to a newer request."""
+        if self._change is not None:
+            self._change = replace(self._change, number="")
 
     def _begin(self, target: int, *, number: str) -> None:
         """Start a change. One that replaces another, unfinished one goes back, if it must, to before both."""

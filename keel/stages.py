@@ -55,7 +55,7 @@ def sft(runtime: Runtime, roles: Roles) -> None:
         config,
         runtime.run.path,
         threads=config.sft.threads,
-        gpus=config.learner.gpus_per_rank,
+        gpus=config.learner.gpus_per_rank if config.sft.epochs else 0.0,  # copying a model needs none
     )
 
 

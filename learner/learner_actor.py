@@ -14,7 +14,7 @@ import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from cluster.turns import Turns
 from cluster.weights import WeightChannel
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from learner.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
+_CLOSE_S: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class LearnerActor:
                 self._ranks.abort(error)
             raise
         finally:
+            await self._close_publisher()
             self._ended.set()
             await self._stack.aclose()
 
@@ -106,6 +108,14 @@ class LearnerActor:
         rank's run() has ended."""
         self._stop.set()
         await self._ended.wait()
+
+    async def _close_publisher(self) -> None:
+        """So that no group waits for a rank 0 that is gone. Not beyond a time: the process ends soon anyway."""
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await asyncio.to_thread(self._spec.channel.close_publisher)
+        except TimeoutError:
+            log.warning("the last broadcast was not over %g s after the end", _CLOSE_S)
 
     @property
     def _run_dir(self) -> Path:

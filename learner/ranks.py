@@ -127,6 +127,8 @@ class GroupRanks:
         self._store = store
         self._orders = 0
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # The mesh would guess, and warn that it does.
         with self.bounded("forming the group"):
             distributed.init_process_group(
                 backend,

@@ -147,9 +147,9 @@ class LearnerState:
     async def publish_weights(self) -> None:
         """Make the policy of this version the newest. Versions never go backwards, also when a resumed learner finds
         actors that know a later version of the branch it left."""
-        newest = await self._channel.latest()
-        if newest is not None and newest.version >= self.version:
-            self.version = newest.version + 1
+        newest = await self._channel.newest_version()
+        if newest is not None and newest >= self.version:
+            self.version = newest + 1
         blob = await asyncio.to_thread(self._pack)
         await asyncio.to_thread(self._channel.publish, blob)
 

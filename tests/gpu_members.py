@@ -1,59 +1,33 @@
-"""The receiving end of an NCCL group as vLLM's own engine has it, on the second GPU, with a model that only adds up."""
+"""The receiving end of an NCCL group as a worker has it, vLLM's own receiver and Keel's stager, on the second GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from cluster.weight_group import GroupPlan
-from cluster.weights import TensorEntry
+from cluster.weights import WeightBlob, unpack_entries
 
 
-class Summing:
-    """Stands in for a model."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        for name, tensor in weights:
-            self.sums[name] = float(tensor.double().sum())
-        return set(self.sums)
-
-
-def receive_over_nccl(plan: GroupPlan, manifest: tuple[TensorEntry, ...]) -> dict[str, float]:
-    """Join as rank 1 and take one version. Returns each tensor's sum."""
-    from vllm.distributed.weight_transfer.nccl_engine import (
-        NCCLWeightTransferEngine,
-        NCCLWeightTransferInitInfo,
-        NCCLWeightTransferUpdateInfo,
-    )
+def receive_over_nccl(plan: GroupPlan, blob: WeightBlob) -> dict[str, float]:
+    """Join as rank 1 and take one version, without looking at the blob's bytes. Returns each tensor's sum."""
+    from actors.vllm_worker import KeelUpdateInfo, _join_nccl, _receive_nccl
 
     torch.cuda.set_device(1)
-    model: Any = Summing()
     parallel = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
     config: Any = SimpleNamespace(parallel_config=parallel, model_config=None)
-    engine = NCCLWeightTransferEngine(None, config, torch.device("cuda", 1), model)
-    engine.init_transfer_engine(
-        NCCLWeightTransferInitInfo(
-            master_address=plan.address,
-            master_port=plan.port,
-            rank_offset=1,
-            world_size=plan.world_size,
-            packed=True,
-            packed_buffer_size_bytes=plan.bucket_bytes,
-        )
+    transfer: Any = SimpleNamespace(config=None, vllm_config=config, device=torch.device("cuda", 1), model=None)
+    native = _join_nccl(transfer, plan, first_rank=1)
+    info = KeelUpdateInfo(
+        location="staged",
+        size_bytes=blob.size_bytes,
+        names=[entry.name for entry in blob.manifest],
+        dtypes=[entry.dtype for entry in blob.manifest],
+        shapes=[list(entry.shape) for entry in blob.manifest],
+        offsets_bytes=[entry.offset_bytes for entry in blob.manifest],
     )
-    engine.receive_weights(
-        NCCLWeightTransferUpdateInfo(
-            names=[entry.name for entry in manifest],
-            dtype_names=[entry.dtype for entry in manifest],
-            shapes=[list(entry.shape) for entry in manifest],
-        )
-    )
-    engine.shutdown()
-    sums: dict[str, float] = model.sums
-    return sums
+    buffer = _receive_nccl(native, info, wanted=lambda: True)
+    native.shutdown()
+    return {name: float(tensor.double().sum()) for name, tensor in unpack_entries(blob.manifest, buffer)}

@@ -4,6 +4,7 @@ broadcasts beside either board."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 from collections.abc import AsyncIterator, Iterator
@@ -109,6 +110,28 @@ async def test_versions_must_increase(channel: WeightChannel) -> None:
     assert contents(await channel.latest())[0] == 3
 
 
+async def test_the_newest_version_is_told_without_its_bytes(
+    channel: WeightChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert await channel.newest_version() is None
+    await asyncio.to_thread(channel.publish, blob(3))
+
+    async def fetch(*_: object) -> None:
+        raise AssertionError("one number needs no model")
+
+    for kind in (LocalBoardChannel, RayWeightChannel):
+        monkeypatch.setattr(kind, "fetch", fetch)
+    assert await channel.newest_version() == 3
+
+
+async def test_what_was_published_outlives_the_publisher_s_end(channel: WeightChannel) -> None:
+    await asyncio.to_thread(channel.publish, blob(0))
+    await asyncio.to_thread(channel.close_publisher)
+    assert contents(await channel.latest())[0] == 0
+    await asyncio.to_thread(channel.publish, blob(1))
+    assert contents(await channel.latest())[0] == 1
+
+
 async def test_received_weights_are_read_only(channel: WeightChannel) -> None:
     await asyncio.to_thread(channel.publish, blob(0))
     got = await channel.latest()
@@ -161,6 +184,27 @@ async def test_a_dead_board_is_reported(local_ray: None) -> None:
     channel.close()
     with pytest.raises(WeightSyncError, match="board is gone"):
         await channel.latest()
+
+
+@pytest.mark.slow
+async def test_a_board_that_dies_does_not_come_back_empty(local_ray: None) -> None:
+    """Engines with a version would wait for a newer one, and the learner, told of none, for them."""
+    import ray
+
+    channel = RayWeightChannel.create()
+    await asyncio.to_thread(channel.publish, blob(7))
+    ray.kill(channel.board, no_restart=False)  # as a crash: restarted, were it allowed
+
+    async def until_dead() -> None:
+        async with asyncio.timeout(60):
+            while True:
+                with contextlib.suppress(ray.exceptions.ActorUnavailableError):
+                    assert await channel.board.newest_version.remote() == 7
+
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        await until_dead()
+    with pytest.raises(WeightSyncError, match="board is gone"):
+        await channel.newest_version()
 
 
 @pytest.mark.slow

@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from cluster.gloo_group import GlooFollower, GlooLeader
+from cluster.weight_board import WeightBoard
 from cluster.weight_board_local import LocalBoardChannel
 from cluster.weight_group import GroupBook, GroupBrokenError, GroupPlan
 from cluster.weights import pack
@@ -283,6 +285,36 @@ def test_a_restarted_member_takes_the_old_one_s_place() -> None:
     assert book.plan is None, "the old group counted on a process that is gone"
 
 
+def test_a_late_question_of_the_old_member_does_not_evict_the_new_one() -> None:
+    book = GroupBook()
+    assert book.register("rollout-0.10", ranks=1)
+    plan = book.propose(book.members, backend="gloo", address="127.0.0.1", port=1, bucket_bytes=1, timeout_s=1.0)
+    assert not book.register("rollout-0.9", ranks=1)
+    assert sorted(book.members) == ["rollout-0.10"]
+    assert book.plan is plan
+
+
+async def test_only_a_poll_that_changes_something_wakes_the_others() -> None:
+    board = WeightBoard()
+    wakes: list[str] = []
+    notify = board._notify
+    board._notify = lambda: (wakes.append("wake"), notify())[1]  # type: ignore[method-assign, func-returns-value]
+    assert await board.next_for("a.0", 1, -1, 0, 0.0) is None
+    assert await board.next_for("b.0", 1, -1, 0, 0.0) is None
+    assert len(wakes) == 2, "two members came"
+    assert await board.next_for("a.0", 1, -1, 0, 0.0) is None
+    assert len(wakes) == 2
+    plan = await board.propose({"a.0": 1, "b.0": 1}, "gloo", "127.0.0.1", 1, 1, 1.0)
+    await board.publish(0, (), None, np.zeros(1, dtype=np.uint8), None, plan.epoch)
+    before = len(wakes)
+    first = asyncio.create_task(board.enter("a.0", plan.epoch, 0, 30.0))
+    await asyncio.sleep(0)
+    assert len(wakes) == before, "one of two is ready"
+    assert await board.enter("b.0", plan.epoch, 0, 30.0)
+    assert await first
+    assert len(wakes) == before + 1
+
+
 def test_a_board_that_starts_again_gives_no_epoch_twice() -> None:
     """Its members have seen earlier plans, and take no place in one that looks older."""
     epochs = []
@@ -352,7 +384,7 @@ async def test_nccl_leader_reaches_vllm_s_receiver() -> None:
         for _ in leader.broadcast(blob, bucket_bytes=plan.bucket_bytes):
             pass
 
-    _, sums = await asyncio.gather(asyncio.to_thread(lead), asyncio.to_thread(receive_over_nccl, plan, blob.manifest))
+    _, sums = await asyncio.gather(asyncio.to_thread(lead), asyncio.to_thread(receive_over_nccl, plan, blob))
     assert sums == {"w": 3.0 * (1 << 20)}
     leader.close()
 

@@ -12,14 +12,14 @@ import pytest
 
 from keel.plan import request_from_ray
 from keel.plan_view import ClusterView
-from keel.ray_environment import prepare_ray_environment
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    prepare_ray_environment()
+    # No token: Ray reads that setting when it is imported, which another test may have done before.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     ray.init(

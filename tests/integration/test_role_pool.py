@@ -224,6 +224,16 @@ def test_the_newest_drain_and_are_not_replaced(make_pool: MakePool) -> None:
     assert pool.restarts == 0
 
 
+def test_an_addition_that_may_fail_goes_before_a_process_that_comes_back(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    pool.grow_to(2, tentative=True)
+    pool.handles[0].die.remote()
+    until(pool, lambda: pool.restarts == 1)
+    pool.shrink_to(1)
+    until(pool, lambda: pool.up == 1)
+    assert infos(pool) == [(0, 1)]
+
+
 def test_what_does_not_drain_in_time_or_dies_of_it_is_gone_all_the_same(make_pool: MakePool) -> None:
     pool = make_pool(3, process=Undrainable, drain_timeout_s=2.0)
     pool.shrink_to(1)

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from cluster import checkpoint as checkpoint_module
+from cluster import checkpoint_tensors
 from cluster.checkpoint import CheckpointStore
 from cluster.checkpoint_tensors import read_tensors, read_whole, saved_groups, write_tensors
 from cluster.errors import CheckpointError, DataError
@@ -85,6 +87,20 @@ def test_live_tensors_are_read_into(store: CheckpointStore) -> None:
     module = torch.nn.Linear(2, 1, bias=False)
     read_tensors(path, {"policy": {"w": module.weight[0]}}, collective=False)
     assert module.weight.tolist() == [[1.0, 2.0]]
+
+
+def test_no_file_is_larger_than_can_be_held_twice(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_tensors, "FILE_BYTES", 40)
+    tensors = {f"w{number}": torch.full((number,), float(number)) for number in (4, 6, 2, 30, 0, 1)}
+    path = store.save(0, state={}, write_tensors=writing(policy=tensors))
+    held = []
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            held.append({name.removeprefix("policy/") for name in opened.keys()})  # noqa: SIM118 — no mapping
+    assert held == [{"w4", "w6"}, {"w2"}, {"w30"}, {"w0", "w1"}]
+    loaded = read_whole(store.load().path)["policy"]
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize(

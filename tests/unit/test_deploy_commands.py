@@ -15,12 +15,23 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from configs.run import NewModel
+from configs.run import NewModel, PretrainedModel
 from keel.cli import app
 from keel.plan import make_plan
 from keel.plan_view import ClusterView, NodeView
-from tests.deploy_support import DEPLOY, DOCKERFILES, ROOT, SBATCH, Command, commands, dockerfile
-from tests.unit.test_deploy_manifests import config_of
+from tests.deploy_support import (
+    DEPLOY,
+    DOCKERFILES,
+    ROOT,
+    SBATCH,
+    Command,
+    Json,
+    Manifest,
+    commands,
+    dockerfile,
+    of_kind,
+)
+from tests.unit.test_deploy_manifests import config_of, entry_config
 
 HEALTHCHECK = DEPLOY / "docker" / "healthcheck.py"
 COMMANDS = sorted(set(commands()), key=str)
@@ -74,6 +85,42 @@ def test_an_unknown_option_would_be_noticed() -> None:
         parse(("train", "demo", "--resum"))
     with pytest.raises(Exception, match=r"(?i)no such command"):
         parse(("trian", "demo"))
+
+
+MODEL_7B = {
+    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+}  # fmt: skip
+"""Sizes of the policy that a user puts there."""
+
+
+@pytest.mark.parametrize("job", of_kind("RayJob"), ids=str)
+def test_a_run_fits_the_pods_of_its_manifest(job: Manifest, tmp_path: Path) -> None:
+    config = entry_config(job)
+    if isinstance(config.model, PretrainedModel):
+        (tmp_path / "config.json").write_text(json.dumps(MODEL_7B))
+        config = config.model_copy(update={"model": PretrainedModel(path=str(tmp_path))})
+    nodes = tuple(_pods(job.doc["spec"]["rayClusterSpec"]))
+    assert make_plan(config, cluster=ClusterView(nodes, joined=True)).findings == ()
+
+
+def _pods(cluster: Json) -> Iterator[NodeView]:
+    """As Ray in each of them counts; the object store has 30 % of the memory unless told."""
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    for group in (head, *workers):
+        resources = group["template"]["spec"]["containers"][0]["resources"]
+        start, memory = group["rayStartParams"], int(resources["limits"]["memory"].removesuffix("Gi")) * GIB
+        gpus = float(resources["limits"].get("nvidia.com/gpu", 0))
+        for number in range(group.get("replicas", 1)):
+            yield NodeView(
+                f"{group.get('groupName', 'head')}-{number}",
+                cpus=float(start.get("num-cpus", resources["requests"]["cpu"])),
+                gpus=gpus,
+                gpu_bytes=79 * GIB if gpus else None,
+                memory_bytes=memory,
+                object_store_bytes=int(start.get("object-store-memory", 0.3 * memory)),
+                driver=group is head,
+            )
 
 
 # ---------------------------------------------------------------- Dockerfiles

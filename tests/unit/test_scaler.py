@@ -57,10 +57,12 @@ class Scene:
     now_s: float = 0.0
     idle: Mapping[str, float] | None = None
 
-    def scaler(self, autoscale: AutoscaleSection | None = None) -> Scaler:
+    def scaler(self, autoscale: AutoscaleSection | None = None, *, colocate: bool = False) -> Scaler:
+        config = RunConfig(name="t", data=DataSection(), rollout=RolloutSection(autoscale=autoscale))
+        placement = config.placement.model_copy(update={"colocate": colocate})  # unchecked: there is no GPU here
         return Scaler(
             self.pool,
-            config=RunConfig(name="t", data=DataSection(), rollout=RolloutSection(autoscale=autoscale)),
+            config=config.model_copy(update={"placement": placement}),
             idle_of_actors=lambda: self.idle,
             note=lambda event, text: self.notes.append(f"{event}: {text}"),
             clock=lambda: self.now_s,
@@ -91,6 +93,19 @@ def test_fewer_are_there_when_the_others_have_drained() -> None:
     scene.pool.turn()
     scaler.step([])
     assert scaler.report.state == "done"
+
+
+def test_a_shared_gpu_has_room_for_one_actor() -> None:
+    scene = Scene()
+    scaler = scene.scaler(colocate=True)
+    scaler.request = ScaleRequest(2, "r1")
+    scaler.step([])
+    assert scaler.report.state == "refused"
+    assert "placement.colocate" in scaler.report.note
+    assert scene.pool.wanted == 1
+    scaler.request = ScaleRequest(1, "r2")
+    scaler.step([])
+    assert scaler.report == ScaleReport("r2", "done", 1, 1, "1 actor running")
 
 
 def test_what_finds_no_room_is_refused_and_the_old_number_comes_back() -> None:

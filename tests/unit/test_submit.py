@@ -273,7 +273,8 @@ def test_a_broken_connection_repeats_and_loses_nothing(monkeypatch: pytest.Monke
     assert state.ended
 
 
-def test_what_no_cluster_can_run_is_not_submitted() -> None:
+def test_what_no_cluster_can_run_is_not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keel.submit.prepare_ray_environment", lambda: None)  # it would stay for later tests
     options = SubmitOptions(
         config="demo_ci", overrides=[RUNS, "rollout.kv_cache_gib=0.00001"], address="http://127.0.0.1:1"
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from cluster import weights
 from cluster.errors import WeightSyncError
 from cluster.weights import AdapterInfo, MemoryWeightChannel, Probe, WeightBlob, pack, unpack
 
@@ -64,6 +67,31 @@ def test_packing_copies_so_later_training_steps_do_not_show() -> None:
     weight += 1
     ((_, tensor),) = unpack(packed)
     assert tensor.tolist() == [0.0, 0.0]
+
+
+def test_packing_lets_each_tensor_go_once_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gathered model and its packed copy, both whole at one time, need twice the memory."""
+    alive: list[weakref.ref[np.ndarray]] = []
+    left: list[int] = []
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(4):
+            array = np.full(8, number, dtype=np.float32)
+            alive.append(weakref.ref(array))
+            yield f"w{number}", torch.from_numpy(array)
+
+    def watched(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for item in tensors:
+            yield item
+            del item
+            left.append(sum(array() is not None for array in alive))
+
+    copy = weights.copy_entries
+    monkeypatch.setattr(weights, "copy_entries", lambda tensors, *rest: copy(watched(tensors), *rest))
+    packed = pack(0, gathered())
+    # The copying loop's own names hold one; torch lets the array go with its tensor.
+    assert left == [4, 3, 2, 1], left
+    assert [tensor.tolist() for _, tensor in unpack(packed)] == [[float(number)] * 8 for number in range(4)]
 
 
 def test_the_buffer_is_read_only() -> None:
