@@ -281,11 +281,12 @@ class PlacementSection(Section):
     """Where processes go on a cluster."""
 
     spread: Literal["pack", "spread"] = "pack"
-    """pack: fill nodes one after another; spread: rollout actors evenly over nodes."""
+    """pack: leave it to Ray; spread: rollout actors evenly over nodes. The learner's ranks are placed first, on as few
+    nodes as they fit."""
     colocate: bool = False
-    """The learner's rank and the engine take turns on one GPU: the engine sleeps while the learner trains; the learner's
-    weights and moments are in host memory while the engine generates. Weights go through CUDA IPC, adapters through the
-    object store. Needs learner.max_staleness 0, one rank and one actor."""
+    """The learner's rank and the engine take turns on one GPU: the engine sleeps while the learner trains; the weights
+    and moments of the learner are in host memory while the engine generates. Weights go through CUDA IPC, adapters
+    through the object store. Needs learner.max_staleness 0, one rank and one actor."""
     wait_s: PositiveFloat = 60.0
     """How long to wait for the cluster to have what the plan asks for (an autoscaling cluster grows meanwhile)."""
 

@@ -72,7 +72,7 @@ class LearnerActor:
             start_process(
                 spec.config,
                 role="learner",
-                instance=str(spec.rank),
+                instance=f"{spec.rank}.{spec.incarnation}",
                 redis_url=spec.redis_url,
                 log_dir=self._run_dir / "logs",
             )

@@ -44,7 +44,7 @@ async def train(state: LearnerState, telemetry: Telemetry, *, stop: asyncio.Even
         # Before the checkpoint: a resumed run cuts its record back to the checkpoint, and so has no gap.
         await telemetry.emit(state, rollouts, stats, update, times)
         await asyncio.to_thread(state.save_if_due)
-    await asyncio.to_thread(state.save)
+    await asyncio.to_thread(state.save_final)
     await state.leave_device()
     return ending
 

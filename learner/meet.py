@@ -96,7 +96,7 @@ async def find_store(rendezvous: Rendezvous, *, group: int, deadline_s: float) -
     raise SupervisionError(
         f"the first rank of the learner's group {group} was not found in time",
         got="no address" if seen is None else f"no answer at {seen}",
-        do="look at logs/learner-0.log; ranks on several nodes must reach each other",
+        do="look at logs/learner-0.*.log; ranks on several nodes must reach each other",
     )
 
 

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from cluster.streams import Streams
 from cluster.text import load_tokenizer
 from cluster.turns import Turns
 from cluster.weight_sharing import SharedWeights
-from cluster.weights import Probe, WeightBlob, WeightChannel, pack
+from cluster.weights import Probe, Transport, WeightBlob, WeightChannel, pack
+from cluster.weights_collective import CollectiveWeightChannel
 from configs.run import RunConfig
 from learner.algo.kl import KlState
 from learner.algo.normalise import ScoreNormaliser
@@ -44,6 +45,9 @@ from learner.ranks import SOLO
 from learner.team import Team
 from learner.trainer import Trainer
 from learner.update_stats import UpdateStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +84,7 @@ class LearnerState:
         self._shared: SharedWeights | None = None
         self._store = CheckpointStore(run_dir / "checkpoints", keep_last=config.checkpoint.keep_last)
         self._saved_step = -1
+        self._published_bytes: dict[Transport, int] = {}
 
     @classmethod
     def build(
@@ -152,6 +157,15 @@ class LearnerState:
             self.version = newest + 1
         blob = await asyncio.to_thread(self._pack)
         await asyncio.to_thread(self._channel.publish, blob)
+        self._published_bytes[blob.transport] = self._published_bytes.get(blob.transport, 0) + blob.size_bytes
+
+    @property
+    def published(self) -> dict[Transport, tuple[int, int]]:
+        """(bytes handed over, failures) since this process's start, by transport."""
+        totals = {transport: (size_bytes, 0) for transport, size_bytes in self._published_bytes.items()}
+        if isinstance(self._channel, CollectiveWeightChannel):
+            totals["collective"] = self._channel.stats.bytes, self._channel.stats.failures
+        return totals
 
     def _pack(self) -> WeightBlob:
         adapter, probe = self.team.adapter_info, self._probe()
@@ -192,14 +206,19 @@ class LearnerState:
             self.save()
 
     def save(self) -> None:
-        """Checkpoint, the best policy when it got better, and after the last step the final policy as a model
-        directory. Raises CheckpointError; earlier checkpoints stay."""
-        tokenizer = load_tokenizer(self.run_dir / "sft" / "model")
+        """Checkpoint, and the best policy when it got better. Raises CheckpointError; earlier checkpoints stay."""
         if self._saved_step != self.step:
-            self.best.save_if_better(self.team.save_model, tokenizer=tokenizer, step=self.step)
+            self.best.save_if_better(self.team.save_model, tokenizer=self._tokenizer(), step=self.step)
             self._store.save(self.step, state=self._json_state(), write_tensors=self.team.save)
             self._saved_step = self.step
-        self.best.save_final(self.team.save_model, tokenizer=tokenizer, step=self.step)
+
+    def save_final(self) -> None:
+        """`save`, and the policy as it is now as a model directory, for the next user. Raises CheckpointError."""
+        self.save()
+        self.best.save_final(self.team.save_model, tokenizer=self._tokenizer(), step=self.step)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.run_dir / "sft" / "model")
 
     def checkpoint_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor of the state, by group and name, as this rank holds it. Live views."""

@@ -190,6 +190,8 @@ class Telemetry:
         metrics.update_seconds.observe(record["update_seconds"])
         metrics.idle_seconds["wait_samples"].inc(record["idle_seconds"])
         metrics.weight_publish_seconds.observe(record["publish_seconds"])
+        for transport, (total_bytes, total_failures) in state.published.items():
+            metrics.set_published(transport, total_bytes=total_bytes, total_failures=total_failures)
         for age in self._ages(state, rollouts):
             metrics.staleness_versions.observe(age)
         self._seen.counts = Counts(**vars(counts))

@@ -74,7 +74,7 @@ def train(ranks: Ranks, config: RunConfig, seeds: list[int], save: bool = True) 
     assert blob is not None
     assert blob.probe is not None
     if save:
-        state.save()
+        state.save_final()
     if ranks.size > 1:
         state.team.end("steps_done")
     return {

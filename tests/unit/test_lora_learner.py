@@ -54,7 +54,7 @@ def test_an_adapter_is_all_that_is_saved_and_a_resumed_learner_goes_on_the_same(
     ours, theirs = policy_tensors(second), policy_tensors(first)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    second.save()
+    second.save_final()
     assert (config.run_dir / "policy" / "final" / ADAPTER_DIR / "adapter_model.safetensors").exists()
 
 
