@@ -36,7 +36,8 @@ def print_plan(plan: Plan) -> None:
 def render(plan: Plan) -> RenderableType:
     fits = not plan.impossible
     verdict = Text("fits" if fits else "does not fit", style="bold green" if fits else "bold red")
-    return Group(_roles_table(plan), _memory_table(plan), *_facts(plan), *_findings(plan), verdict)
+    memory = (_memory_table(plan),) if plan.architecture is not None else ()
+    return Group(_roles_table(plan), *memory, *_facts(plan), *_findings(plan), verdict)
 
 
 def plan_data(plan: Plan) -> dict[str, Any]:
