@@ -8,8 +8,9 @@ the code of a run; simulated are the engine's tokens, the models' scores and the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,9 +179,14 @@ class TimedState:
         blob = await asyncio.to_thread(pack, self.version, [("weight", self._tensor)])
         await asyncio.to_thread(self._channel.publish, blob)
 
+    def device_turn(self) -> AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()
+
+    async def leave_device(self) -> None: ...
+
     def save_if_due(self) -> None: ...
 
-    def save(self) -> None: ...
+    def save_final(self) -> None: ...
 
 
 class Timeline:
