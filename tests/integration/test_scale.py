@@ -97,12 +97,12 @@ def test_more_than_the_cluster_has_is_refused_and_the_number_stays(prepared_run:
 
 
 def test_a_learner_that_waits_gets_another_actor(prepared_run: Path, tmp_path: Path) -> None:
-    """The slow part is the actor's: one request at a time. Autoscaling finds it out by itself."""
+    """A synchronous learner waits for an actor that takes one request at a time. Autoscaling finds it out by itself."""
     adopt(prepared_run, tmp_path, name="auto")
     section = "{min_actors: 1, max_actors: 2, window_s: 2, cool_down_s: 2, add_above_learner_idle: 0.1, "
     section += "remove_above_actor_idle: 0.99}"
-    changes = ["learner.steps=400", f"rollout.autoscale={section}", "rollout.max_concurrent_requests=1", *SCRIPTED]
-    run = start(tmp_path, "--resume", *settings(changes), name="auto")
+    changes = ["learner.steps=400", "learner.max_staleness=0", f"rollout.autoscale={section}", *SCRIPTED]
+    run = start(tmp_path, "--resume", *settings([*changes, "rollout.max_concurrent_requests=1"]), name="auto")
     run.wait_for(lambda: bool(of_role(run, "autoscale")), what="a decision")
     run.wait_for(lambda: of_role(run, "workers")[-1]["running"] == 2, what="a second actor")
     assert "1 → 2 actors: learner idle" in of_role(run, "autoscale")[0]["note"]
