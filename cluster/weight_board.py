@@ -9,12 +9,14 @@ Always holds: versions increase; only the newest payload is kept; an offer is de
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from cluster.weight_group import Backend, GroupBook, GroupPlan, GroupUpdate, Tellings
-from cluster.weights import AdapterInfo, Bytes, Probe, SharedBytes, TensorEntry, WeightBlob
+from cluster.errors import WeightSyncError
+from cluster.weight_group import Backend, GroupBook, GroupJoiner, GroupPlan, GroupUpdate, Tellings, WeightFeed
+from cluster.weights import AdapterInfo, Bytes, Probe, SharedBytes, StoreFeed, TensorEntry, WeightBlob, check_newer
 
 _T = TypeVar("_T")
 
@@ -59,6 +61,61 @@ class BoardAccess(Protocol):
     async def fetch(self, notice: Notice) -> WeightBlob | None:
         """The notice's blob from the store, or None when it was lost with the board."""
         ...
+
+
+class OverBoard:
+    """The part of a WeightChannel that is the same over any board. Subclasses are a BoardAccess."""
+
+    fetch_timeout_s: float
+    """For a payload's way to or from the board."""
+
+    async def ask(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        raise NotImplementedError
+
+    def ask_now(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        raise NotImplementedError
+
+    async def fetch(self, notice: Notice) -> WeightBlob | None:
+        raise NotImplementedError
+
+    def publish(self, blob: WeightBlob) -> None:
+        self.publish_to(blob, epoch=None)
+
+    def publish_to(self, blob: WeightBlob, *, epoch: int | None) -> bool:
+        """`publish`, and whether the group of `epoch` is offered the version."""
+        if blob.version < 0:
+            raise WeightSyncError("a policy version cannot be negative", got=str(blob.version))
+        arguments = (blob.version, blob.manifest, blob.probe, blob.buffer, blob.adapter, epoch, blob.shared)
+        obstacle, offered = self.ask_now("publish", *arguments, timeout_s=self.fetch_timeout_s)
+        check_newer(blob.version, than_version=obstacle)
+        return bool(offered)
+
+    async def latest(self) -> WeightBlob | None:
+        notice = await self.ask("latest", timeout_s=0.0)
+        return None if notice is None else await self.fetch(notice)
+
+    async def newest_version(self) -> int | None:
+        version: int | None = await self.ask("newest_version", timeout_s=0.0)
+        return version
+
+    async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            notice = await self.ask("wait_newer", than_version, left_s, timeout_s=left_s)
+            if notice is None:
+                return None
+            blob = await self.fetch(notice)
+            if blob is not None:
+                return blob
+            than_version = notice.version
+
+    def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
+        del name, joiner
+        return StoreFeed(self)
+
+    def close_publisher(self) -> None:
+        """Nothing was started."""
 
 
 class WeightBoard:

@@ -14,13 +14,14 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from cluster.errors import DeadlineError, WeightSyncError
-from cluster.weight_board import Notice, WeightBoard
-from cluster.weight_group import GroupJoiner, WeightFeed
-from cluster.weights import StoreFeed, WeightBlob, check_newer
+from cluster.weight_board import Notice, OverBoard, WeightBoard
+from cluster.weights import WeightBlob
 
 
-class LocalBoardChannel:
+class LocalBoardChannel(OverBoard):
     """A cluster.weights_collective.BoardChannel."""
+
+    fetch_timeout_s = 30.0
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -28,35 +29,6 @@ class LocalBoardChannel:
         self._thread.start()
         self._board = WeightBoard()
         self._closed = False
-
-    def publish(self, blob: WeightBlob) -> None:
-        self.publish_to(blob, epoch=None)
-
-    def publish_to(self, blob: WeightBlob, *, epoch: int | None) -> bool:
-        """`publish`, and whether the group of `epoch` is offered the version."""
-        arguments = (blob.version, blob.manifest, blob.probe, blob.buffer, blob.adapter, epoch, blob.shared)
-        obstacle, offered = self.ask_now("publish", *arguments, timeout_s=30.0)
-        check_newer(blob.version, than_version=obstacle)
-        return bool(offered)
-
-    async def latest(self) -> WeightBlob | None:
-        notice = await self.ask("latest", timeout_s=0.0)
-        return None if notice is None else await self.fetch(notice)
-
-    async def newest_version(self) -> int | None:
-        version: int | None = await self.ask("newest_version", timeout_s=0.0)
-        return version
-
-    async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
-        notice = await self.ask("wait_newer", than_version, timeout_s, timeout_s=timeout_s)
-        return None if notice is None else await self.fetch(notice)
-
-    def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
-        del name, joiner
-        return StoreFeed(self)
-
-    def close_publisher(self) -> None:
-        """Nothing was started."""
 
     def close(self) -> None:
         if self._closed:

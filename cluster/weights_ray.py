@@ -21,9 +21,8 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from cluster.errors import DeadlineError, WeightSyncError
-from cluster.weight_board import Notice, WeightBoard
-from cluster.weight_group import GroupJoiner, WeightFeed
-from cluster.weights import Bytes, StoreFeed, WeightBlob, check_newer
+from cluster.weight_board import Notice, OverBoard, WeightBoard
+from cluster.weights import Bytes, WeightBlob
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -40,7 +39,7 @@ class RayWeightBoard(WeightBoard):
 
 
 @dataclass(frozen=True)
-class RayWeightChannel:
+class RayWeightChannel(OverBoard):
     """A WeightChannel for processes of one Ray cluster. Picklable: pass it to other actors as it is.
 
     `call_timeout_s` bounds a board's answer (on top of a long poll's own timeout), `fetch_timeout_s` a payload's way
@@ -77,45 +76,6 @@ class RayWeightChannel:
             raise WeightSyncError(
                 f"no weight board named {name}", got=str(error), do="start the run before its actors"
             ) from error
-
-    def publish(self, blob: WeightBlob) -> None:
-        self.publish_to(blob, epoch=None)
-
-    def publish_to(self, blob: WeightBlob, *, epoch: int | None) -> bool:
-        """`publish`, and whether the group of `epoch` is offered the version."""
-        if blob.version < 0:
-            raise WeightSyncError("a policy version cannot be negative", got=str(blob.version))
-        arguments = (blob.version, blob.manifest, blob.probe, blob.buffer, blob.adapter, epoch, blob.shared)
-        obstacle, offered = self.ask_now("publish", *arguments, timeout_s=self.fetch_timeout_s)
-        check_newer(blob.version, than_version=obstacle)
-        return bool(offered)
-
-    async def latest(self) -> WeightBlob | None:
-        notice = await self.ask("latest", timeout_s=0.0)
-        return None if notice is None else await self.fetch(notice)
-
-    async def newest_version(self) -> int | None:
-        version: int | None = await self.ask("newest_version", timeout_s=0.0)
-        return version
-
-    async def wait_newer(self, than_version: int, *, timeout_s: float) -> WeightBlob | None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            left_s = max(0.0, deadline - time.monotonic())
-            notice = await self.ask("wait_newer", than_version, left_s, timeout_s=left_s)
-            if notice is None:
-                return None
-            blob = await self.fetch(notice)
-            if blob is not None:
-                return blob
-            than_version = notice.version
-
-    def feed(self, name: str, joiner: GroupJoiner) -> WeightFeed:
-        del name, joiner
-        return StoreFeed(self)
-
-    def close_publisher(self) -> None:
-        """Nothing was started."""
 
     def lose_shared(self) -> None:
         """For whoever saw the publisher die: what it shared with it cannot be had any more."""

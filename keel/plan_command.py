@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cluster.errors import SupervisionError
 from configs.run import RunConfig
 from keel.plan import make_plan
 from keel.plan_table import plan_data, print_plan
@@ -35,19 +33,14 @@ def print_plan_of(config: RunConfig, *, address: str | None, network_gbit_per_s:
 
 @contextmanager
 def _joined(address: str) -> Iterator[Any]:
-    from keel.ray_environment import prepare_ray_environment
+    from keel.ray_environment import join_cluster, prepare_ray_environment
 
     prepare_ray_environment()
     import ray
 
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SupervisionError(
-            "cannot join the Ray cluster",
-            got=f"{address}: {error}",
-            do="check the address and the cluster's token on this machine; leave it out to plan for this machine",
-        ) from error
+    join_cluster(
+        address, do="check the address and the cluster's token on this machine; leave it out to plan for this machine"
+    )
     try:
         yield ray
     finally:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Final
+
+from cluster.errors import SupervisionError
 
 RAY_ENVIRONMENT: Final = {
     "RAY_AUTH_MODE": "token",
@@ -37,3 +40,13 @@ def prepare_ray_environment() -> None:
     """Set what the user has not set. Call before anything imports ray."""
     for key, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+
+
+def join_cluster(address: str, *, do: str) -> None:
+    """Connect this process to a running cluster. `do`: what to do where that fails. Raises SupervisionError."""
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SupervisionError("cannot join the Ray cluster", got=f"{address}: {error}", do=do) from error

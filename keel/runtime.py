@@ -26,7 +26,7 @@ from cluster.redis_server import EmbeddedServer
 from cluster.run_redis import RunRedis
 from configs.run import RunConfig
 from keel.interrupt import InterruptedRun, StopRequest
-from keel.ray_environment import torch_environment
+from keel.ray_environment import join_cluster, torch_environment
 from keel.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -126,14 +126,9 @@ class Runtime:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         address = self.config.ray.address
         if address is not None:
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise SupervisionError(
-                    "cannot join the Ray cluster",
-                    got=f"{address}: {error}",
-                    do="check ray.address and the cluster's token on this machine; leave it out for a local Ray",
-                ) from error
+            join_cluster(
+                address, do="check ray.address and the cluster's token on this machine; leave it out for a local Ray"
+            )
         else:
             ray.init(
                 address="local",  # whatever other Ray there is on this machine

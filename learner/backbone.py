@@ -26,13 +26,8 @@ def load_pretrained(auto_class: Any, path: str | Path, **options: Any) -> nn.Mod
     Dropout would make the update's forward differ from the one that gave the proximal log-probabilities. Raises
     ModelError when the model cannot be read or the files lack weights that would then be random.
     """
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
-        for name, value in config.to_dict().items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-                setattr(config, name, 0.0)
+        config = config_without_dropout(path, **options)
         model, report = auto_class.from_pretrained(
             path, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
@@ -50,6 +45,17 @@ def load_pretrained(auto_class: Any, path: str | Path, **options: Any) -> nn.Mod
         )
     loaded: nn.Module = model
     return loaded
+
+
+def config_without_dropout(path: str | Path, **options: Any) -> Any:
+    """The Transformers configuration of a model directory, every dropout rate 0. Raises what Transformers raises."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    return config
 
 
 def inner_decoder(model: nn.Module) -> nn.Module:

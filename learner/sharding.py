@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cluster.errors import ModelError
-from learner.backbone import DtypeName, inner_decoder
+from learner.backbone import DtypeName, config_without_dropout, inner_decoder
 from learner.ranks import Ranks
 
 
@@ -78,13 +78,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 def hollow_model(auto_class: Any, path: str | Path, **options: Any) -> nn.Module:
     """The model of this directory's config.json without its weights: zeros that take no memory until written to.
     Weights that the architecture ties are tied. Raises ModelError."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
-        for name, value in config.to_dict().items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-                setattr(config, name, 0.0)
+        config = config_without_dropout(path, **options)
         with torch.device("meta"):
             model: nn.Module = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

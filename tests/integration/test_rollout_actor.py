@@ -34,6 +34,18 @@ def spec_for(tmp_path: Path, *, redis_url: str) -> RolloutSpec:
     )
 
 
+def task_of_version_1() -> PromptTask:
+    return PromptTask(
+        task_id="t",
+        prompt_id="p",
+        group_id="g",
+        prompt_ids_i32=pack_ids([3]),
+        max_new_tokens=4,
+        temperature=1.0,
+        issued_version=1,
+    )
+
+
 async def test_a_life_of_an_actor(tmp_path: Path) -> None:
     with EmbeddedServer(tmp_path / "redis") as server:
         spec = spec_for(tmp_path, redis_url=server.url)
@@ -57,15 +69,7 @@ async def test_a_life_of_an_actor(tmp_path: Path) -> None:
         run = asyncio.create_task(actor.run())
         spec.channel.publish(pack(1, [("w", torch.zeros(1))]))
         assert await actor.sync_to_newest() == 1
-        task = PromptTask(
-            task_id="t",
-            prompt_id="p",
-            group_id="g",
-            prompt_ids_i32=pack_ids([3]),
-            max_new_tokens=4,
-            temperature=1.0,
-            issued_version=1,
-        )
+        task = task_of_version_1()
         async with RunRedis(server.url, run="actor-test") as redis:
             await redis.streams.publish(StreamName.PROMPTS, [encode(task)])
             (delivery,) = await redis.streams.claim(StreamName.ROLLOUTS, consumer="test", max_count=1, wait_s=20)
@@ -91,15 +95,7 @@ async def test_a_drained_actor_s_run_ends_cleanly_and_its_server_has_no_lease_le
         await actor.start()
         spec.channel.publish(pack(0, [("w", torch.zeros(1))]))
         run = asyncio.create_task(actor.run())
-        waits_for_a_version = PromptTask(
-            task_id="t",
-            prompt_id="p",
-            group_id="g",
-            prompt_ids_i32=pack_ids([3]),
-            max_new_tokens=4,
-            temperature=1.0,
-            issued_version=1,
-        )
+        waits_for_a_version = task_of_version_1()
         async with RunRedis(server.url, run="actor-test") as redis:
             await redis.streams.publish(StreamName.PROMPTS, [encode(waits_for_a_version)])
             async with asyncio.timeout(20):
