@@ -125,6 +125,8 @@ class NoMetrics:
 
     def progress(self) -> None: ...
 
+    def model(self, version: str) -> None: ...
+
 
 class SimulatedReward(Part):
     """One reward worker; its models answer at once."""

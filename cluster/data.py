@@ -35,18 +35,20 @@ from cluster.data_records import (
     write_rows,
 )
 from cluster.data_tables import read_table
-from cluster.dialogues import Rejection, check_answer, check_prompt, compare, compare_dialogues
+from cluster.dialogues import Rejection, check_answer, check_prompt
 from cluster.errors import ConfigError, DataError
 from cluster.plugin import resolve
+from cluster.preference_table import read_preferences, require_well_formed
 from cluster.text import encode_answer, encode_prompt
 from configs.run import DataSection, FileSource, HubSource, RunConfig, WorldSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TIE: Final = "tie"
 TIE_AFTER_TRUNCATION: Final = "tie after truncation"
 DUPLICATE_PROMPT: Final = "duplicate prompt"
+ALSO_REJECTED: Final = "chosen in one pair, rejected in another"
+SAME_ANSWER: Final = "same answer as in an earlier pair"
 LONG_ANSWER: Final = "answer longer than max_response_tokens"
 
 
@@ -155,8 +157,9 @@ def _from_tables(data: DataSection, *, directory: Path, seed: int) -> dict[str, 
     tables: dict[str, TableReport] = {}
     pairs: list[PreferencePair] = []
     if data.preferences is not None:
-        tables["preferences"] = TableReport()
-        pairs = list(_preferences(data.preferences, tables["preferences"]))
+        loaded = read_preferences(data.preferences, needed=False)
+        require_well_formed(loaded, name="data.preferences")
+        tables["preferences"], pairs = loaded.report, loaded.pairs
     tables["prompts"] = TableReport()
     records = list(_prompts(data.prompts, pairs, tables["prompts"]))
     split = _EvalSplit(data.eval_fraction, seed=seed)
@@ -168,28 +171,13 @@ def _from_tables(data: DataSection, *, directory: Path, seed: int) -> dict[str, 
         tables["sft"] = TableReport()
         examples = list(_sft(data.sft, tables["sft"]))
     elif pairs:
-        tables["sft"] = TableReport(read=len(pairs))
-        examples = [SftExample(prompt=pair.prompt, answer=pair.chosen) for pair in pairs]
+        tables["sft"] = TableReport()
+        examples = list(_demonstrations(pairs, tables["sft"]))
     if examples:
         write_rows(directory / SFT_FILE, _train_rows(examples, split=split, table=tables["sft"]))
     if pairs:
         write_rows(directory / PREFERENCES_FILE, _train_rows(pairs, split=split, table=tables["preferences"]))
     return tables
-
-
-def _preferences(source: FileSource | HubSource, table: TableReport) -> Iterator[PreferencePair]:
-    for number, row in enumerate(read_table(source, fields=("chosen", "rejected"), optional=("prompt",)), start=1):
-        table.read += 1
-        if "prompt" in row:
-            result = compare(row["prompt"], row["chosen"], row["rejected"])
-        else:
-            result = compare_dialogues(row["chosen"], row["rejected"])
-        if isinstance(result, Rejection):
-            table.reject(result.reason)
-            continue
-        yield PreferencePair(
-            pair_id=f"pair-{number:07d}", prompt=result.prompt, chosen=result.chosen, rejected=result.rejected
-        )
 
 
 def _prompts(
@@ -226,6 +214,22 @@ def _sft(source: FileSource | HubSource, table: TableReport) -> Iterator[SftExam
             table.reject(answer.reason)
             continue
         yield SftExample(prompt=prompt, answer=answer)
+
+
+def _demonstrations(pairs: list[PreferencePair], table: TableReport) -> Iterator[SftExample]:
+    """The chosen answers, each once, without those that lost to another: of a ranking, the best alone."""
+    rejected = {(stable_prompt_id(pair.prompt), pair.rejected) for pair in pairs}
+    seen: set[tuple[str, str]] = set()
+    for pair in pairs:
+        table.read += 1
+        key = (stable_prompt_id(pair.prompt), pair.chosen)
+        if key in rejected:
+            table.reject(ALSO_REJECTED)
+        elif key in seen:
+            table.reject(SAME_ANSWER)
+        else:
+            seen.add(key)
+            yield SftExample(prompt=pair.prompt, answer=pair.chosen)
 
 
 def _write_prompts(

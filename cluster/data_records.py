@@ -4,7 +4,8 @@
 |---|---|---|
 | sft.jsonl | SftExample | SFT |
 | prompts.jsonl, eval_prompts.jsonl | PromptRecord | collection and PPO; evaluation |
-| preferences.jsonl | PreferencePair | RM training |
+| preferences.jsonl | PreferencePair | RM training, DPO |
+| fresh_preferences.jsonl | PreferencePair | refreshes of the RM, DPO |
 | report.json | DataReport | people, the run's report |
 
 A prompt is plain text or a list of chat messages ({"role", "content"}).
@@ -28,6 +29,10 @@ SFT_FILE: Final = "sft.jsonl"
 PROMPTS_FILE: Final = "prompts.jsonl"
 EVAL_PROMPTS_FILE: Final = "eval_prompts.jsonl"
 PREFERENCES_FILE: Final = "preferences.jsonl"
+FRESH_PREFERENCES_FILE: Final = "fresh_preferences.jsonl"
+"""Judged by a function while the policy trained."""
+REVIEWED_PREFERENCES_FILE: Final = "preferences.jsonl"
+"""In the run's directory itself: judged by people."""
 REPORT_FILE: Final = "report.json"
 
 
@@ -48,8 +53,10 @@ class PromptRecord(msgspec.Struct, frozen=True, kw_only=True):
 class PreferencePair(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Two answers to one prompt, ordered by a judge.
 
-    `votes`: each True is one for `chosen`. `confidence`: the majority's share of the votes, in (0.5, 1].
-    `policy_version`: which policy wrote the answers.
+    `votes`: each True is one for `chosen`, by the annotator of the same place in `annotators`. `confidence`: the
+    majority's share of the votes, in (0.5, 1]. `policy_version`: which policy wrote `chosen`, and `rejected` too unless
+    `rejected_version` names another; absent where not known. `weight`: in the reward model's loss. `judged_at`: ISO
+    8601. `source`: where the pair comes from, e.g. "collected", "refresh", "review", "caught".
     """
 
     pair_id: str
@@ -57,8 +64,13 @@ class PreferencePair(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     chosen: str
     rejected: str
     votes: tuple[bool, ...] | None = None
+    annotators: tuple[str, ...] | None = None
     confidence: float | None = None
     policy_version: int | None = None
+    rejected_version: int | None = None
+    weight: float | None = None
+    judged_at: str | None = None
+    source: str | None = None
 
 
 class TableReport(msgspec.Struct, kw_only=True):
@@ -114,6 +126,15 @@ def write_atomically(path: Path, payload: bytes) -> None:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write one JSON object a line, atomically."""
     write_atomically(path, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Add one JSON object a line, in one write. Raises DataError when the disk refuses."""
+    try:
+        with path.open("ab") as stream:
+            stream.write(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    except OSError as error:
+        raise DataError(f"cannot write {path}", got=str(error), do="free some disk space") from error
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:

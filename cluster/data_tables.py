@@ -7,6 +7,7 @@ field whose column is absent is an error that names the columns found: a misspel
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,26 @@ _COMPRESSION_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 
 @dataclass(frozen=True)
 class Located:
-    """A raw row and where it stands, for messages."""
+    """A raw row and where it stands, for messages. `line`: of the file, or the row's number."""
 
     where: str
+    line: int
     values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A line that is no record."""
+
+    where: str
+    line: int
+    reason: str
+    got: str
+    do: str
+
+    def error(self) -> DataError:
+        """For readers that cannot go on without the line."""
+        return DataError(f"{self.where} {self.reason}", got=self.got, do=self.do)
 
 
 def read_table(
@@ -37,19 +54,29 @@ def read_table(
     that has no such column. Raises DataError: file missing or damaged, malformed line (file:line), unknown field in
     the column map, missing column (with those found).
     """
-    known = [*fields, *optional]
+    check_columns(source, fields=[*fields, *optional])
+    for row in scan_table(source):
+        if isinstance(row, Unreadable):
+            raise row.error()
+        yield _pick(row, columns=source.columns, fields=fields, optional=optional)
+
+
+def check_columns(source: FileSource | HubSource, *, fields: Sequence[str]) -> None:
+    """Raise DataError for a column map with another field than `fields`."""
     for field in source.columns:
-        if field not in known:
+        if field not in fields:
             raise DataError(
                 f"the column map of {_name(source)} names an unknown field",
                 got=repr(field),
-                do=f"use only {', '.join(known)} (field: column)",
+                do=f"use only {', '.join(fields)} (field: column)",
             )
+
+
+def scan_table(source: FileSource | HubSource) -> Iterator[Located | Unreadable]:
+    """Every record as it stands, under its own column names; a line that is none comes out as such and does not end
+    the scan. Raises DataError for a file or dataset that is missing, unreadable or damaged."""
     rows = _file_rows(source.path) if isinstance(source, FileSource) else _hub_rows(source)
-    for count, row in enumerate(rows):
-        if source.limit is not None and count >= source.limit:
-            return
-        yield _pick(row, columns=source.columns, fields=fields, optional=optional)
+    return itertools.islice(rows, source.limit)
 
 
 def _name(source: FileSource | HubSource) -> str:
@@ -71,7 +98,7 @@ def _pick(row: Located, *, columns: dict[str, str], fields: Sequence[str], optio
     return picked
 
 
-def _file_rows(path: Path) -> Iterator[Located]:
+def _file_rows(path: Path) -> Iterator[Located | Unreadable]:
     if not path.is_file():
         raise DataError("data file not found", got=str(path), do="check the path; it is relative to where keel runs")
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -85,13 +112,13 @@ def _file_rows(path: Path) -> Iterator[Located]:
     )
 
 
-def _json_rows(path: Path, *, compressed: bool) -> Iterator[Located]:
+def _json_rows(path: Path, *, compressed: bool) -> Iterator[Located | Unreadable]:
     number = 0
     try:
         with gzip.open(path, "rb") if compressed else path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    yield _json_row(line, where=f"{path}:{number}")
+                    yield _json_row(line, where=f"{path}:{number}", number=number)
     except _COMPRESSION_ERRORS as error:
         raise DataError(
             f"{path} is damaged after line {number}", got=f"{type(error).__name__}: {error}", do="copy the file again"
@@ -100,16 +127,16 @@ def _json_rows(path: Path, *, compressed: bool) -> Iterator[Located]:
         raise DataError(f"cannot read {path}", got=str(error), do="check the path and its permissions") from error
 
 
-def _json_row(line: bytes, *, where: str) -> Located:
+def _json_row(line: bytes, *, where: str, number: int) -> Located | Unreadable:
     try:
         values = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(
-            f"{where} is not JSON", got=f"{error}: {line[:80]!r}", do="repair or delete the line"
-        ) from error
+        return Unreadable(where, number, "is not JSON", got=f"{error}: {line[:80]!r}", do="repair or delete the line")
     if not isinstance(values, dict):
-        raise DataError(f"{where} is not a JSON object", got=repr(values)[:80], do="write one {...} object a line")
-    return Located(where, values)
+        return Unreadable(
+            where, number, "is not a JSON object", got=repr(values)[:80], do="write one {...} object a line"
+        )
+    return Located(where, number, values)
 
 
 def _parquet_rows(path: Path) -> Iterator[Located]:
@@ -122,7 +149,7 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
         for batch in table.iter_batches(batch_size=1024):
             for values in batch.to_pylist():
                 row += 1
-                yield Located(f"{path}:row {row}", values)
+                yield Located(f"{path}:row {row}", row, values)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path}", got=str(error), do="check that it is a whole Parquet file") from error
 
@@ -139,4 +166,4 @@ def _hub_rows(source: HubSource) -> Iterator[Located]:
             do="check the name, subset and split, and the network (or HF_HOME, offline)",
         ) from error
     for row, values in enumerate(table, start=1):
-        yield Located(f"{source.name}[{source.split}]:row {row}", dict(values))
+        yield Located(f"{source.name}[{source.split}]:row {row}", row, dict(values))

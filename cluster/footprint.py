@@ -6,9 +6,11 @@ What the code does, and so what is counted:
   the layer at work and the next, and the embedding and head, in 16 bit. Policy and critic take turns, so their
   activations do not add up.
 - Engine: weights in rollout.dtype, split by tensor parallelism; the rest of its share of the GPU is KV cache.
-- Reward worker: every ensemble member and the reference policy, in reward.dtype.
-- SFT and RM stages: one process, float32 AdamW, whole batches without gradient checkpointing. Models that are taken as
-  they are (sft.epochs 0, rm.models) are copied, and reward models measured: a forward pass alone.
+- Reward worker: every ensemble member and the reference policy, in reward.dtype; with rm.refresh, another version of
+  the members beside them while they are replaced. int8: one byte for what is inside a linear layer, four for the rest.
+- SFT and RM stages: float32 AdamW, whole batches without gradient checkpointing, in one process (rm.parallel: several).
+  Models that are taken as they are (sft.epochs 0, rm.models) are copied, and reward models measured: a forward pass
+  alone, all members in memory.
 
 Activations of a layer are what autograd keeps for its backward pass, tensor by tensor, with attention that never holds
 its scores (SDPA, FlashAttention); checkpointing keeps the input of each layer and one layer whole (Chen et al. 2016).
@@ -310,16 +312,33 @@ def engine(architecture: Architecture, config: RunConfig, *, gpu_bytes: int | No
 def reward_worker(architecture: Architecture, config: RunConfig) -> Footprint:
     """All members of the ensemble and the reference policy; a pass over the members follows one over the reference."""
     reward, longest = config.reward, config.max_sequence_tokens
-    width = DTYPE_BYTES[reward.dtype]
+    width = _serving_width(config)
     tokens = max(longest, min(reward.token_budget, reward.batch_size * longest))
-    parameters = config.rm.ensemble * architecture.scorer_parameters + architecture.policy_parameters
+    members = config.rm.ensemble * scorer_bytes(architecture, config) if reward.needs_model else 0
     answers = tokens * config.data.max_response_tokens // longest
     at_work = inference_bytes(architecture, tokens=tokens, sequence_tokens=longest, width=width)
     logits = 3 * min(SCORER_LOGIT_BYTES, FLOAT32 * answers * architecture.vocabulary)
-    parts = {"weights": width * parameters, "activations": at_work, "head": logits}
+    parts = {"weights": members + width * architecture.policy_parameters, "activations": at_work, "head": logits}
+    if config.rm.refresh is not None:
+        parts["working copies"] = members
     if reward.gpus_per_worker == 0:
         return Footprint(host={**parts, "base": _PROCESS_HOST_BYTES})
     return _on_gpu(parts, loading=width * architecture.policy_parameters)
+
+
+def _serving_width(config: RunConfig) -> int:
+    """Bytes of what flows through the models that serve, and of the reference model's weights: int8 is inside the
+    linear layers of the reward model alone."""
+    return FLOAT32 if config.reward.dtype == "int8" else DTYPE_BYTES[config.reward.dtype]
+
+
+def scorer_bytes(architecture: Architecture, config: RunConfig) -> int:
+    """Weights of one reward model as it serves."""
+    parameters, width = architecture.scorer_parameters, _serving_width(config)
+    if config.reward.dtype != "int8":
+        return width * parameters
+    inside = architecture.layers * sum(inputs * outputs for _, inputs, outputs, _ in architecture.layer_linears())
+    return inside + width * (parameters - inside)
 
 
 def _on_gpu(parts: Mapping[str, int], *, loading: int) -> Footprint:
@@ -334,7 +353,7 @@ def _on_gpu(parts: Mapping[str, int], *, loading: int) -> Footprint:
 
 
 def offline_stage(architecture: Architecture, config: RunConfig, *, stage: Literal["sft", "rm"]) -> Footprint:
-    """One process: training, or what is done with models that are taken as they are."""
+    """Training, or what is done with models that are taken as they are. Scoring what was trained needs less."""
     if stage == "sft":
         return _copying(architecture) if config.sft.epochs == 0 else _training(architecture, config, stage=stage)
     return _measuring(architecture, config) if config.rm.models else _training(architecture, config, stage=stage)
@@ -346,15 +365,18 @@ def _copying(architecture: Architecture) -> Footprint:
 
 
 def _measuring(architecture: Architecture, config: RunConfig) -> Footprint:
-    """One reward model after another is copied as it is (float32 at most) and scores MEASURED_ROWS answers a pass."""
-    width = DTYPE_BYTES[config.reward.dtype]
+    """One reward model after another is copied as it is (float32 at most); all of them score MEASURED_ROWS answers a
+    pass."""
     tokens = MEASURED_ROWS * config.max_sequence_tokens
-    stored, scoring = FLOAT32 * architecture.scorer_parameters, width * architecture.scorer_parameters
-    at_work = inference_bytes(architecture, tokens=tokens, sequence_tokens=config.max_sequence_tokens, width=width)
-    if config.learner.on_gpu:
-        return _on_gpu({"weights": scoring, "activations": at_work}, loading=stored)
+    stored, scoring = FLOAT32 * architecture.scorer_parameters, scorer_bytes(architecture, config)
+    at_work = inference_bytes(
+        architecture, tokens=tokens, sequence_tokens=config.max_sequence_tokens, width=_serving_width(config)
+    )
+    all_members = config.rm.ensemble * scoring
+    if config.learner.on_gpu and config.reward.dtype != "int8":
+        return _on_gpu({"weights": all_members, "activations": at_work}, loading=stored)
     copies = {"working copies": stored - scoring} if scoring < stored else {}
-    return Footprint(host={"weights": scoring, **copies, "activations": at_work, "base": _PROCESS_HOST_BYTES})
+    return Footprint(host={"weights": all_members, **copies, "activations": at_work, "base": _PROCESS_HOST_BYTES})
 
 
 def _training(architecture: Architecture, config: RunConfig, *, stage: Literal["sft", "rm"]) -> Footprint:
@@ -368,19 +390,28 @@ def _training(architecture: Architecture, config: RunConfig, *, stage: Literal["
     precision: Precision = "autocast" if on_gpu else "float32"
     logits = (14 if on_gpu else 12) * tokens * architecture.vocabulary if stage == "sft" else 0
     retained = 1.0 if on_gpu else HOST_RETAINED
-    members_before = FLOAT32 * parameters if stage == "rm" and config.rm.members > 1 else 0
+    side_by_side = min(config.rm.parallel, config.rm.members + config.rm.discriminator) if stage == "rm" else 1
     activations = activation_bytes(architecture, tokens=tokens, precision=precision, checkpointing=False)
     parts = {
         "weights": FLOAT32 * parameters,
-        "working copies": 2 * parameters * on_gpu + members_before,
+        "working copies": 2 * parameters * on_gpu,
         "gradients": FLOAT32 * parameters,
         "optimiser": 2 * FLOAT32 * parameters,
         "activations": round(retained * activations),
         "head": round(retained * logits),
     }
     if not on_gpu:
-        return Footprint(host={**parts, "base": _PROCESS_HOST_BYTES})
-    return _on_gpu(parts, loading=FLOAT32 * parameters)
+        return _together(Footprint(host={**parts, "base": _PROCESS_HOST_BYTES}), side_by_side)
+    return _together(_on_gpu(parts, loading=FLOAT32 * parameters), side_by_side)
+
+
+def _together(one: Footprint, processes: int) -> Footprint:
+    """Several of them, which share their GPU if they have one; and the process that waits for them."""
+    if processes == 1:
+        return one
+    host = {part: processes * size for part, size in one.host.items()}
+    host["base"] += _PROCESS_HOST_BYTES
+    return Footprint(host=host, gpu={part: processes * size for part, size in one.gpu.items()})
 
 
 # ---------------------------------------------------------------- disk
@@ -399,11 +430,21 @@ class DiskUse:
 
 def disk_use(architecture: Architecture, config: RunConfig) -> DiskUse:
     """A checkpoint holds what is trained and its two Adam moments, in float32. Models are exported in float32; those
-    that are taken as they are keep their type, which may be smaller."""
+    that are taken as they are keep their type, which may be smaller. Every refresh on schedule leaves a version of the
+    reward models, accepted or not."""
     checkpoint = 3 * FLOAT32 * sum(model.trained for model in _models(architecture, config))
     kept = config.checkpoint.keep_last * checkpoint
     exported = FLOAT32 * architecture.policy_parameters
     initial = exported if config.model.kind == "new" else 0
-    offline = initial + exported + config.rm.ensemble * FLOAT32 * architecture.scorer_parameters
+    version = (config.rm.ensemble + config.rm.discriminator) * FLOAT32 * architecture.scorer_parameters
+    offline = initial + exported + (1 + _refreshes(config)) * version * config.reward.needs_model
     models = offline + 2 * exported  # policy/best and policy/final
     return DiskUse(checkpoint=checkpoint, checkpoints=kept, models=models, peak=kept + checkpoint + models + exported)
+
+
+def _refreshes(config: RunConfig) -> int:
+    """Of the reward model, that the schedule brings in a whole run."""
+    refresh = config.rm.refresh
+    if refresh is None or refresh.every_versions is None:
+        return 0
+    return config.learner.steps // refresh.every_versions

@@ -15,6 +15,14 @@ lives in one slot and a Lua script may touch several of its keys.
 | keel:{run}:lock                        | string | the lock's time to live; owner and token                         |
 | keel:{run}:learner:<group>             | string | the collective time-out; deleted when all ranks have met         |
 | keel:{run}:control                     | hash   | until the next driver of the run clears it; request and report   |
+| keel:{run}:rm                          | string | the run; the newest announcement of a reward model               |
+| keel:{run}:review:items                | hash   | the run; every item ever queued for people, by its id            |
+| keel:{run}:review:waiting:<kind>       | zset   | the run; ids of items that wait, in the order of their coming    |
+| keel:{run}:review:votes, leases        | hashes | the run; item → who judged it; item → who has it, and until when |
+| keel:{run}:review:held                 | hash   | the run; annotator → the item before them                        |
+| keel:{run}:review:log                  | list   | the run; every judgement, in order                               |
+| keel:{run}:review:seen                 | hash   | the run; ids of judgements in the log                            |
+| keel:{run}:review:done:<annotator>     | list   | the run; what this annotator judged and can take back            |
 
 Each stream has one consumer group, GROUP, created from id 0. Streams carry no MAXLEN: it would drop entries that
 nobody has read; the staleness gate bounds them.
@@ -69,6 +77,14 @@ class Keys:
     @property
     def control(self) -> str:
         return self.prefix + "control"
+
+    @property
+    def reward_model(self) -> str:
+        return self.prefix + "rm"
+
+    def review(self, part: str) -> str:
+        """Of the review queue; parts as in the table above."""
+        return f"{self.prefix}review:{part}"
 
     def stream(self, name: StreamName) -> str:
         return f"{self.prefix}stream:{name.value}"

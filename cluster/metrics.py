@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Final, Self
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
@@ -176,6 +176,19 @@ class RewardMetrics:
         self.memory_cache_hits = self._cache_hits.labels("memory")
         self.redis_cache_hits = self._cache_hits.labels("redis")
         self.cache_misses = Counter("keel_reward_cache_misses", "Scores found in no cache", registry=registry)
+        self.rejected = Counter("keel_reward_rejected", "Answers refused as too uncertain", registry=registry)
+        self.down_weighted = Counter(
+            "keel_reward_down_weighted", "Answers that count less, as members disagree", registry=registry
+        )
+        self.swaps = Counter("keel_reward_model_swaps", "Reward models taken over while running", registry=registry)
+        self.swap_failures = Counter(
+            "keel_reward_model_swap_failures", "Announced reward models that did not load", registry=registry
+        )
+        self.model = Info("keel_reward_model", "The reward model that scores", registry=registry)
+        self.review_taken = Counter("keel_review_items", "Answers put before people", registry=registry)
+        self.review_left_out = Counter(
+            "keel_review_left_out", "Answers for which the review queue had no room", registry=registry
+        )
         self.redeliveries = _redeliveries(registry, stage="reward")
         self.dead_letters = _dead_letters(registry, stage="reward")
         self.lost_leases = _lost_leases(registry, stage="reward")
@@ -211,6 +224,9 @@ class LearnerMetrics:
             "keel_stale_dropped", "Samples over the staleness limit, not used", registry=registry
         )
         self.samples_dead = Counter("keel_samples_dead", "Tasks that were given up and replaced", registry=registry)
+        self.samples_rejected = Counter(
+            "keel_samples_rejected", "Answers refused as too uncertain, and replaced", registry=registry
+        )
         self.samples_issued = Counter("keel_samples_issued", "Tasks put into the prompt stream", registry=registry)
         self.reissues = Counter("keel_task_reissues", "Tasks issued again after their deadline", registry=registry)
         self.rollbacks = Counter("keel_guard_rollbacks", "Returns to an earlier checkpoint", registry=registry)
@@ -288,6 +304,7 @@ class RunMetrics:
     ROLES: Final = ("rollout", "reward", "learner")
     STATES: Final = ("pending", "starting", "running", "draining", "restarting", "dead")
     DECISIONS: Final = ("add", "remove")
+    REFRESHES: Final = ("accepted", "refused", "failed")
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.queue_depth = Gauge("keel_queue_depth", "Entries nobody has claimed", ["stream"], registry=registry)
@@ -313,6 +330,13 @@ class RunMetrics:
         self.stream_errors = Counter(
             "keel_stream_errors", "Calls to Redis that failed in the driver", registry=registry
         )
+        self._refreshes = Counter(
+            "keel_rm_refreshes", "Refreshes of the reward model by outcome", ["outcome"], registry=registry
+        )
+        self.rm_pairs_judged = Counter("keel_rm_pairs_judged", "Fresh pairs that were judged", registry=registry)
+        self._refreshes_seen: dict[str, int] = {}
+        for outcome in self.REFRESHES:
+            self._refreshes.labels(outcome)
         self._restarts_seen = dict.fromkeys(self.ROLES, 0)
         for role in self.ROLES:
             self.worker_restarts.labels(role)
@@ -330,6 +354,13 @@ class RunMetrics:
             raise ValueError(f"worker states {sorted(unknown)} are none of {self.STATES}")
         for state in self.STATES:
             self.workers.labels(role, state).set(counts.get(state, 0))
+
+    def set_refreshes(self, counts: Mapping[str, int]) -> None:
+        """`counts`: REFRESHES and pairs_judged, since the driver's start."""
+        for outcome in self.REFRESHES:
+            self._refreshes.labels(outcome).inc(counts.get(outcome, 0) - self._refreshes_seen.get(outcome, 0))
+        self.rm_pairs_judged.inc(counts.get("pairs_judged", 0) - self._refreshes_seen.get("pairs_judged", 0))
+        self._refreshes_seen = dict(counts)
 
     def set_restarts(self, role: str, *, total: int) -> None:
         """`total`: restarts of the role since the driver's start."""

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cluster.errors import CodecError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _MAGIC: Final = b"KL"
 _INT32: Final = np.dtype("<i4")
 _FLOAT32: Final = np.dtype("<f4")
@@ -91,19 +91,34 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
         return min(run.version for run in self.version_runs)
 
 
+class RuleVerdict(msgspec.Struct, frozen=True, array_like=True):
+    """A rule of the constitution applied to an answer. `action`: flag, penalise or override."""
+
+    rule: str
+    action: str
+    detail: str = ""
+
+
 class ScoredRollout(msgspec.Struct, frozen=True, kw_only=True):
     """A rollout with its reward. Produced by the reward service, consumed by the learner."""
 
     rollout: Rollout
     member_scores: tuple[float, ...]
-    """[M] raw score of each ensemble member."""
+    """[M] raw score of each ensemble member; empty where no reward model is asked."""
     reward: float
-    """Aggregate of the member scores: raw, before normalisation, clipping and KL."""
+    """What the answer is worth: the members' aggregate, other sources and rules applied; raw, before normalisation,
+    clipping and KL."""
     uncertainty: float
     """Standard deviation over members; 0.0 for a single model."""
     ref_logprobs_f32: bytes
     rm_version: str
+    """Scores of one version are on one scale."""
     score_s: float = 0.0
+    weight: float = 1.0
+    """In the policy's loss; less where the members disagree."""
+    parts: dict[str, float] = {}
+    """Source → its own raw reward, where there are other sources than the reward model."""
+    verdicts: tuple[RuleVerdict, ...] = ()
 
     @property
     def ref_logprobs(self) -> Float32s:
@@ -119,6 +134,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """"rollout" or "reward"."""
     reason: str
     deliveries: int
+    rejected: bool = False
+    """Nothing failed: the reward service refused the answer as too uncertain."""
 
 
 Record = PromptTask | Rollout | ScoredRollout | DeadLetter

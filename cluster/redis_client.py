@@ -42,20 +42,24 @@ _SCRIPT_RULES: Final = ["+eval", "+evalsha", "+time", "+exists", "+pttl", "+pexp
 _VALUE_RULES: Final = ["+get", "+mget", "+set", "+hset", "+hdel", "+hgetall"]
 _PRODUCER_RULES: Final = ["+xadd", "+xlen", "+xinfo|stream", "+xgroup|create"]
 _CONSUMER_RULES: Final = ["+xreadgroup", "+xack", "+xdel", "+xpending", "+xclaim", "+xautoclaim"]
+_PUSH_REVIEW_RULES: Final = ["+hsetnx", "+hlen", "+zadd", "+zcard"]
+_REVIEW_RULES: Final = ["+hget", "+hexists", "+zrem", "+zrange", "+zscore", "+rpush", "+rpop", "+lindex", "+lrange"]
 _BASE_RULES: Final = [*_CONNECTION_RULES, *_SCRIPT_RULES, *_VALUE_RULES, *_PRODUCER_RULES, *_CONSUMER_RULES]
 
 
 def acl_rules(role: Role, *, run: str) -> list[str]:
     """Redis ACL rules that suffice for a role, to follow `ACL SETUSER <name> on ><password>`.
 
-    `learner`: the driver and the learner; every key of the run. `worker`: rollout actors and reward workers; streams,
-    scores, call tokens and the targets directory, but not the run lock.
+    `learner`: the driver, the learner and `keel review`; every key of the run. `worker`: rollout actors and reward
+    workers; streams, scores, call tokens and the targets directory, but not the run lock. A worker reads which reward
+    model scores, and may queue items for people, not read what they said.
     """
     prefix = Keys(run).prefix
     if role == "learner":
-        return ["resetkeys", f"~{prefix}*", "-@all", *_BASE_RULES, "+del"]
-    patterns = [f"~{prefix}{part}" for part in ("stream:*", "token:*", "score:*", "targets")]
-    return ["resetkeys", *patterns, "-@all", *_BASE_RULES]
+        return ["resetkeys", f"~{prefix}*", "-@all", *_BASE_RULES, "+del", *_PUSH_REVIEW_RULES, *_REVIEW_RULES]
+    parts = ("stream:*", "token:*", "score:*", "targets", "review:items", "review:waiting:*")
+    patterns = [*(f"~{prefix}{part}" for part in parts), f"%R~{prefix}rm"]
+    return ["resetkeys", *patterns, "-@all", *_BASE_RULES, *_PUSH_REVIEW_RULES]
 
 
 def address_of(url: str) -> str:

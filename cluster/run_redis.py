@@ -1,5 +1,5 @@
 """Everything that a run keeps in Redis, behind one connection: streams, score cache, targets directory, run lock,
-control, the learner's meeting point.
+control, the learner's meeting point, the reward model's announcement, the review queue.
 
 Consumes and produces: what the seams in cluster/streams.py and cluster/stores.py say. Waits for: the server, bounded by
 the client's deadline. Always holds: every call may reach the server twice and takes effect once.
@@ -20,6 +20,8 @@ from cluster.control import RedisControl
 from cluster.keys import Keys
 from cluster.redis_client import Arg, RedisClient, Script
 from cluster.rendezvous import RedisRendezvous
+from cluster.review_queue_redis import RedisReviewQueue
+from cluster.rm_announcement import RedisRewardModelBoard
 from cluster.stores import Clock, Member, run_exists
 from cluster.streams_redis import RedisStreams
 
@@ -168,6 +170,8 @@ class RunRedis:
         self.lock: Final = RedisRunLock(self._client, keys=self._keys, ttl_s=lock_ttl_s)
         self.rendezvous: Final = RedisRendezvous(self._client, keys=self._keys)
         self.control: Final = RedisControl(self._client, keys=self._keys)
+        self.reward_model: Final = RedisRewardModelBoard(self._client, keys=self._keys)
+        self.review: Final = RedisReviewQueue(self._client, keys=self._keys)
 
     def __repr__(self) -> str:
         return f"RunRedis({self._client.address}, run={self._keys.run!r})"

@@ -2,8 +2,8 @@
 
 Consumes: payloads from `publish` and `advance`. Produces: leased `Delivery`s. Waits: only in `claim`, at most `wait_s`.
 Who unblocks it: any `publish`/`advance` to that stream, or a lease that runs out.
-Always holds: an entry is in one stream; `advance`, `settle` take effect once, however often they are called, and only
-while the caller's entry is still there to acknowledge.
+Always holds: an entry is in one stream; `advance`, `advance_many`, `settle` take effect once for each entry, however
+often they are called, and only while the caller's entry is still there to acknowledge.
 """
 
 from __future__ import annotations
@@ -39,6 +39,15 @@ class Depth:
     oldest_age_s: float
 
 
+@dataclass(frozen=True)
+class Hop:
+    """What takes the place of an entry, and in which stream."""
+
+    entry_id: str
+    target: StreamName
+    payload: bytes
+
+
 class Streams(Protocol):
     """All streams of one run. One consumer group a stream; a consumer is named by the caller.
 
@@ -61,6 +70,11 @@ class Streams(Protocol):
     async def advance(self, source: StreamName, entry_id: str, *, target: StreamName, payload: bytes) -> bool:
         """Acknowledge the source entry and, only if that was ours to do, append `payload` to `target`. Atomic.
         False: the entry was already settled by someone; nothing was appended."""
+        ...
+
+    async def advance_many(self, source: StreamName, hops: Sequence[Hop]) -> list[bool]:
+        """`advance` for each of `hops`, in their order and in one round trip, with each one's answer. An entry that is
+        not there any more keeps no other from moving. After a StreamError any of them may or may not have moved."""
         ...
 
     async def settle(self, stream: StreamName, entry_ids: Sequence[str]) -> int:

@@ -1,8 +1,8 @@
 """Streams within one process: for tests and for trying a loop without a server. Same contract as the Redis ones.
 
-Consumes: payloads from `publish` and `advance`. Produces: leased deliveries. Waits for: only `claim`, on the stream's
-condition. Who unblocks it: `publish`, `advance`, or the first lease to run out (on the clock given). Always holds:
-entries leave only by `advance` or `settle`; one event loop uses the object, so no call interleaves with another except
+Consumes: payloads from `publish` and the hops. Produces: leased deliveries. Waits for: only `claim`, on the stream's
+condition. Who unblocks it: `publish`, a hop, or the first lease to run out (on the clock given). Always holds:
+entries leave only by a hop or `settle`; one event loop uses the object, so no call interleaves with another except
 where `claim` waits.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.stores import Clock
-from cluster.streams import Delivery, Depth, StreamName
+from cluster.streams import Delivery, Depth, Hop, StreamName
 
 
 @dataclass
@@ -93,6 +93,9 @@ class MemoryStreams:
             return False
         self._append(target, payload)
         return True
+
+    async def advance_many(self, source: StreamName, hops: Sequence[Hop]) -> list[bool]:
+        return [await self.advance(source, hop.entry_id, target=hop.target, payload=hop.payload) for hop in hops]
 
     async def settle(self, stream: StreamName, entry_ids: Sequence[str]) -> int:
         return sum(self._acknowledge(stream, entry_id) for entry_id in entry_ids)

@@ -1,6 +1,6 @@
 """The streams on Redis or Valkey ≥ 7: consumer groups for leases, one Lua script for each step that must happen once.
 
-Consumes: payloads from `publish` and `advance`. Produces: leased deliveries. Waits for: `claim`, in blocking reads of
+Consumes: payloads from `publish` and the hops. Produces: leased deliveries. Waits for: `claim`, in blocking reads of
 at most 2 s each. Who unblocks it: an XADD to that stream, a lease that runs out (looked for every quarter of a lease),
 or `wait_s`. Always holds:
 - an entry leaves a stream only in the script that acknowledged it, together with its successor's XADD;
@@ -20,17 +20,21 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
+import msgspec
+
 from cluster.errors import StreamError
 from cluster.keys import GROUP, PAYLOAD_FIELD, TOKEN_TTL_S, Keys
 from cluster.redis_client import BLOCK_LIMIT_S, Arg, LostReplyError, NoGroupError, RedisClient, Script
 from cluster.stores import Clock
-from cluster.streams import Delivery, Depth, StreamName
+from cluster.streams import Delivery, Depth, Hop, StreamName
 
 _Answer = TypeVar("_Answer")
 _SWEEPS_PER_LEASE: Final = 4
 _PAUSE_S: Final = 0.1
 _HOPS_PER_SCRIPT: Final = 128
 _TOKEN_TTL_MS: Final = int(TOKEN_TTL_S * 1000)
+_STREAM_NUMBER: Final = {name: number for number, name in enumerate(StreamName, start=1)}
+"""Place of a stream among those that the script of the hops is given."""
 
 # In every script the first write is one that an out-of-memory server refuses, or one that frees memory: Redis lets the
 # writes after it pass, so a script is refused whole or done whole.
@@ -44,25 +48,26 @@ return #ARGV - 2
 """)
 
 _ADVANCE: Final = Script("""
--- KEYS: token, streams… ARGV: token ttl ms, field, group, then for each hop: index of its source and of its target
--- among the streams, entry id, payload. Returns one digit a hop, 1 where the entry was still there.
+-- KEYS: token, streams… ARGV: token ttl ms, field, group, hops, a payload for each. A hop is its source and its target,
+-- as indices among the streams, and its entry id; in msgpack, as each argument costs the client time. Returns one digit
+-- a hop, 1 where the entry was still there.
 local answered = redis.call('GET', KEYS[1])
 if answered then return answered end
 local moved, any = {}, false
-for i = 4, #ARGV, 4 do
-  local source, target = KEYS[1 + ARGV[i]], KEYS[1 + ARGV[i + 1]]
-  local acknowledged = redis.pcall('XACK', source, ARGV[3], ARGV[i + 2])
+for i, hop in ipairs(cmsgpack.unpack(ARGV[4])) do
+  local source, target, entry = KEYS[1 + hop[1]], KEYS[1 + hop[2]], hop[3]
+  local acknowledged = redis.pcall('XACK', source, ARGV[3], entry)
   if type(acknowledged) == 'table' then
     -- An id that is none is not there either; it must not undo the other hops. Other refusals hit the first hop.
     if not string.find(acknowledged['err'], 'Invalid stream ID', 1, true) then return acknowledged end
     acknowledged = 0
   end
   if acknowledged == 1 then
-    redis.call('XADD', target, '*', ARGV[2], ARGV[i + 3])
-    redis.call('XDEL', source, ARGV[i + 2])
+    redis.call('XADD', target, '*', ARGV[2], ARGV[4 + i])
+    redis.call('XDEL', source, entry)
     any = true
   end
-  table.insert(moved, acknowledged)
+  moved[i] = acknowledged
 end
 if any then redis.call('SET', KEYS[1], table.concat(moved), 'PX', ARGV[1]) end
 return table.concat(moved)
@@ -166,13 +171,11 @@ class _Consumer:
 
 
 @dataclass(frozen=True)
-class _Hop:
+class _Waiting:
     """One `advance` on its way; `done` gets its answer."""
 
     source: StreamName
-    target: StreamName
-    entry_id: str
-    payload: bytes
+    hop: Hop
     done: asyncio.Future[bool]
 
 
@@ -188,7 +191,7 @@ class RedisStreams:
         self._lease_s = lease_s
         self._clock = clock
         self._consumers: dict[tuple[StreamName, str], _Consumer] = {}
-        self._hops: list[_Hop] = []
+        self._waiting: list[_Waiting] = []
         self._hopping: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -202,14 +205,22 @@ class RedisStreams:
         await self._client.script(_PUBLISH, keys=keys, args=[_TOKEN_TTL_MS, PAYLOAD_FIELD, *payloads])
 
     async def advance(self, source: StreamName, entry_id: str, *, target: StreamName, payload: bytes) -> bool:
-        """As the seam says. Calls made at the same time travel in one script: a scored batch costs one round trip."""
+        """As the seam says. Calls made at the same time travel in one script."""
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._hops.append(_Hop(source, target, entry_id, payload, done))
+        self._waiting.append(_Waiting(source, Hop(entry_id, target, payload), done))
         if self._hopping is None or self._hopping.done():
             self._hopping = asyncio.create_task(self._send_hops(), name="redis-hops")
         advanced = await done
         self._forget(source, [entry_id])
         return advanced
+
+    async def advance_many(self, source: StreamName, hops: Sequence[Hop]) -> list[bool]:
+        """As the seam says, in one script: the server does nothing else meanwhile, so callers bound its size."""
+        if not hops:
+            return []
+        moved = await self._move([(source, hop) for hop in hops])
+        self._forget(source, [hop.entry_id for hop in hops])
+        return moved
 
     async def settle(self, stream: StreamName, entry_ids: Sequence[str]) -> int:
         if not entry_ids:
@@ -266,31 +277,32 @@ class RedisStreams:
     async def _send_hops(self) -> None:
         """Lives as long as there are hops. Whatever ends it ends every hop that waits: a server that failed one batch
         for a whole deadline will not do better for the next."""
-        batch: list[_Hop] = []
+        batch: list[_Waiting] = []
         try:
-            while self._hops:
-                batch, self._hops = self._hops[:_HOPS_PER_SCRIPT], self._hops[_HOPS_PER_SCRIPT:]
-                for hop, moved in zip(batch, await self._move(batch), strict=True):
-                    if not hop.done.done():
-                        hop.done.set_result(moved)
+            while self._waiting:
+                batch, self._waiting = self._waiting[:_HOPS_PER_SCRIPT], self._waiting[_HOPS_PER_SCRIPT:]
+                answers = await self._move([(waiting.source, waiting.hop) for waiting in batch])
+                for waiting, moved in zip(batch, answers, strict=True):
+                    if not waiting.done.done():
+                        waiting.done.set_result(moved)
         except StreamError as error:
-            for hop in self._take_hops(batch):
-                hop.done.set_exception(error)
+            for waiting in self._unanswered(batch):
+                waiting.done.set_exception(error)
         finally:
-            for hop in self._take_hops(batch):
-                hop.done.cancel()
+            for waiting in self._unanswered(batch):
+                waiting.done.cancel()
 
-    def _take_hops(self, batch: list[_Hop]) -> list[_Hop]:
+    def _unanswered(self, batch: list[_Waiting]) -> list[_Waiting]:
         """The hops of `batch` and of the queue that still wait for an answer; empties the queue."""
-        waiting, self._hops = [*batch, *self._hops], []
-        return [hop for hop in waiting if not hop.done.done()]
+        waiting, self._waiting = [*batch, *self._waiting], []
+        return [one for one in waiting if not one.done.done()]
 
-    async def _move(self, batch: Sequence[_Hop]) -> list[bool]:
-        names = list(StreamName)
-        args: list[Arg] = [_TOKEN_TTL_MS, PAYLOAD_FIELD, GROUP]
-        for hop in batch:
-            args += [names.index(hop.source) + 1, names.index(hop.target) + 1, hop.entry_id, hop.payload]
-        keys = [self._new_token(), *(self._keys.stream(name) for name in names)]
+    async def _move(self, hops: Sequence[tuple[StreamName, Hop]]) -> list[bool]:
+        """One script. A copy that the client re-sent gives the answer of the first."""
+        routes = [(_STREAM_NUMBER[source], _STREAM_NUMBER[hop.target], hop.entry_id) for source, hop in hops]
+        args: list[Arg] = [_TOKEN_TTL_MS, PAYLOAD_FIELD, GROUP, msgspec.msgpack.encode(routes)]
+        args += [hop.payload for _, hop in hops]
+        keys = [self._new_token(), *(self._keys.stream(name) for name in StreamName)]
         moved: bytes = await self._client.script(_ADVANCE, keys=keys, args=args)
         return [digit == ord("1") for digit in moved]
 

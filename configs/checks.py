@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from configs.errors import ConfigError
-from configs.run import STAGES, AdaptiveKl, ConstrainedKl, NewModel, OptimizerSection, RunConfig
+from configs.run import STAGES, AdaptiveKl, ConstrainedKl, FunctionReward, NewModel, OptimizerSection, RunConfig
 
 VLLM_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Attention head sizes that vLLM's CPU and GPU kernels have. Others end the engine at its first forward pass."""
@@ -24,6 +24,7 @@ def cross_check(config: RunConfig, *, where: str = "configuration") -> None:
     """Raises ConfigError listing every contradiction in `config`."""
     checks = (
         _finite, _stages, _model, _data, _taken_as_is, _references, _batches, _kl, _optimisers, _times, _resources,
+        _rewards, _refresh,
     )  # fmt: skip
     problems = [problem for check in checks for problem in check(config)]
     if problems:
@@ -90,7 +91,8 @@ def _data(config: RunConfig) -> Iterator[str]:
             for name in needed
             if name not in tables
         )
-    if data.preferences is None and config.collect.judge is None and {"collect", "rm"} & set(config.stages):
+    pairs_for = {"dpo"} | ({"collect", "rm"} if config.reward.needs_model else set())
+    if data.preferences is None and config.collect.judge is None and pairs_for & set(config.stages):
         yield "collect.judge is missing: with no data.preferences, pairs are sampled from the policy and need a judge"
     if data.world is None and tables and data.eval_fraction in (0.0, 1.0) and "evaluate" in config.stages:
         yield f"data.eval_fraction = {data.eval_fraction:g}: leaves no prompts to evaluate, or none to train on"
@@ -104,15 +106,24 @@ def _taken_as_is(config: RunConfig) -> Iterator[str]:
         yield f"rm.members = {rm.members}, but rm.models names {len(rm.models)}; leave rm.members out"
 
 
-def _references(config: RunConfig) -> Iterator[str]:
-    world = config.data.world
+def named_functions(config: RunConfig) -> dict[str, str]:
+    """Key → "package.module:function", of every function that a configuration names."""
+    world, refresh = config.data.world, config.rm.refresh
     named = {
         "data.world.factory": world.factory if world else None,
         "collect.judge": config.collect.judge,
+        "rm.refresh.judge": refresh.judge if refresh and refresh.judge != "review" else None,
         "evaluation.gold": config.evaluation.gold,
     }
-    for path, reference in named.items():
-        if reference is not None and not _REFERENCE.fullmatch(reference):
+    for index, source in enumerate(config.reward.sources):
+        if isinstance(source, FunctionReward):
+            named[f"reward.sources[{index}].path"] = source.path
+    return {key: reference for key, reference in named.items() if reference is not None}
+
+
+def _references(config: RunConfig) -> Iterator[str]:
+    for path, reference in named_functions(config).items():
+        if not _REFERENCE.fullmatch(reference):
             yield f"{path}: got {reference!r}; write package.module:function"
 
 
@@ -164,6 +175,48 @@ def _optimisers(config: RunConfig) -> Iterator[str]:
             yield f"learner.{name}.weight_decay: got {section.weight_decay:g}; 0 or more"
 
 
+def _rewards(config: RunConfig) -> Iterator[str]:
+    rm, reward = config.rm, config.reward
+    if not reward.sources:
+        yield "reward.sources: none; leave it out for the reward model alone"
+    if sum(source.kind == "model" for source in reward.sources) > 1:
+        yield "reward.sources: kind model twice; members of an ensemble are rm.members"
+    if not reward.needs_model and config.learner.advantages == "gae" and "ppo" in config.stages:
+        yield (
+            "learner.advantages = gae without a reward model among reward.sources: the critic starts from it; use "
+            "group_relative, leave_one_out or reinforce"
+        )
+    if reward.aggregation != "mean" and rm.ensemble == 1:
+        yield f"reward.aggregation = {reward.aggregation} with one member; set rm.members to 2 or more"
+    if reward.uncertain != "keep" and rm.ensemble == 1:
+        yield f"reward.uncertain = {reward.uncertain} with one member, which agrees with itself; set rm.members"
+    if reward.dtype == "int8" and reward.gpus_per_worker:
+        yield "reward.dtype = int8 with reward.gpus_per_worker: dynamic quantisation runs on the CPU; use bfloat16"
+    if rm.members > 1 and rm.member_leaves_out == 1.0:
+        yield "rm.member_leaves_out = 1: leaves members nothing to learn from"
+
+
+def _refresh(config: RunConfig) -> Iterator[str]:
+    refresh = config.rm.refresh
+    if refresh is None:
+        return
+    if not config.reward.needs_model:
+        yield "rm.refresh without a reward model among reward.sources: there is nothing to refresh"
+    if refresh.judge is None and config.collect.judge is None and "ppo" in config.stages:
+        yield 'rm.refresh.judge is missing, and so is collect.judge: name a function, or "review" for people'
+    after = refresh.freeze_after_version
+    if after is not None and after < refresh.freeze_before_version:
+        yield (
+            f"rm.refresh.freeze_after_version = {after}, before rm.refresh.freeze_before_version = "
+            f"{refresh.freeze_before_version}: no version lies between"
+        )
+    reasons = ("every_versions", "kl_over_nats_per_sequence", "disagreement_over", "plateau_versions")
+    if all(getattr(refresh, name) is None for name in reasons):
+        yield f"rm.refresh: no reason to refresh; set one of {', '.join(reasons)}"
+    if not refresh.temperatures:
+        yield "rm.refresh.temperatures: none"
+
+
 def _times(config: RunConfig) -> Iterator[str]:
     learner, lease_s = config.learner, config.redis.lease_s
     if lease_s >= learner.task_deadline_s:
@@ -209,10 +262,12 @@ def _resources(config: RunConfig) -> Iterator[str]:
             f"{rollout.gpus_per_actor:g}: an engine takes exactly the GPUs it is split over"
         )
     wanted = rollout.actors * rollout.cpus_per_actor + reward.workers * reward.cpus_per_worker + learner.cpus
+    if config.rm.refresh is not None:
+        wanted += config.rm.refresh.cpus
     if ray.address is None and ray.num_cpus is not None and wanted > ray.num_cpus:
         yield (
-            f"ray.num_cpus = {ray.num_cpus}, less than the {wanted:g} that rollout actors, reward workers and the "
-            "learner reserve: the last of them would wait for ever"
+            f"ray.num_cpus = {ray.num_cpus}, less than the {wanted:g} that rollout actors, reward workers, the learner "
+            "and a refresh of the reward model reserve: the last of them would wait for ever"
         )
 
 

@@ -21,18 +21,31 @@ from configs.learner import (
     LoraSection,
     OptimizerSection,
 )
+from configs.reward import (
+    CollectSection,
+    FunctionReward,
+    HttpReward,
+    ModelReward,
+    RefreshSection,
+    ReviewSection,
+    RewardSection,
+    RewardSource,
+    RmSection,
+)
 from configs.section import Fraction, Section
 
 __all__ = [
-    "AdaptiveKl", "AutoscaleSection", "CheckpointSection", "CollectSection", "ConstrainedKl", "DataSection",
-    "EvaluationSection", "FileSource", "FixedKl", "Fraction", "HubSource", "KlBudget", "KlSection", "LearnerSection",
-    "LoraSection", "MetricsSection", "ModelSection", "NewModel", "OptimizerSection", "PlacementSection",
-    "PretrainedModel", "RaySection", "RedisSection", "RewardSection", "RmSection", "RolloutSection", "RunConfig",
-    "STAGES", "Section", "SftSection", "Stage", "TableSource", "WeightsSection", "WorldSource",
+    "AdaptiveKl", "AutoscaleSection", "CheckpointSection", "CollectSection", "ConstrainedKl", "DEFAULT_STAGES",
+    "DataSection", "DpoSection", "EvaluationSection", "FileSource", "FixedKl", "Fraction", "FunctionReward",
+    "HttpReward", "HubSource", "KlBudget", "KlSection", "LearnerSection", "LoraSection", "MetricsSection",
+    "ModelReward", "ModelSection", "NewModel", "OptimizerSection", "PlacementSection", "PretrainedModel", "RaySection",
+    "RedisSection", "RefreshSection", "ReviewSection", "RewardSection", "RewardSource", "RmSection", "RolloutSection",
+    "RunConfig", "STAGES", "Section", "SftSection", "Stage", "TableSource", "WeightsSection", "WorldSource",
 ]  # fmt: skip
 
-Stage = Literal["data", "sft", "collect", "rm", "ppo", "evaluate", "report"]
-STAGES: tuple[Stage, ...] = ("data", "sft", "collect", "rm", "ppo", "evaluate", "report")
+Stage = Literal["data", "sft", "collect", "rm", "ppo", "dpo", "evaluate", "report"]
+STAGES: tuple[Stage, ...] = ("data", "sft", "collect", "rm", "ppo", "dpo", "evaluate", "report")
+DEFAULT_STAGES = tuple(stage for stage in STAGES if stage != "dpo")
 
 
 # ---------------------------------------------------------------- model
@@ -86,8 +99,9 @@ class FileSource(Section):
     kind: Literal["file"] = "file"
     path: Path
     columns: dict[str, str] = Field(default_factory=dict)
-    """Keel's field → the file's column: prompt, answer (SFT); prompt (prompts); prompt, chosen, rejected
-    (preferences). A missing `prompt` among preferences means whole dialogues in `chosen` and `rejected`."""
+    """Keel's field → the file's column: prompt, answer (SFT); prompt (prompts). Preferences come as pairs (prompt,
+    chosen, rejected; without `prompt`, whole dialogues), comparisons (prompt, answer_a, answer_b, preferred,
+    annotator), rankings (prompt, answers, ranking) or ratings (prompt, answer, rating, annotator)."""
     limit: PositiveInt | None = None
 
 
@@ -137,35 +151,20 @@ class SftSection(Section):
     threads: PositiveInt = 2
 
 
-class CollectSection(Section):
-    """Preference pairs sampled from the SFT policy and labelled by a judge. Skipped where preferences are given."""
+class DpoSection(Section):
+    """Direct preference optimisation on the run's preferences (Rafailov et al. 2023): where the reward model is poor,
+    or after PPO. It starts from PPO's final policy where that stage is among `stages`, else from the SFT policy; its
+    start is its reference."""
 
-    pairs: PositiveInt = 2000
-    temperatures: tuple[PositiveFloat, ...] = (1.0,)
-    judge: str | None = None
-    """"package.module:function": (prompt, answer_a, answer_b, rng) → list of votes, True where A is preferred."""
-
-
-class RmSection(Section):
-    models: tuple[Path, ...] = ()
-    """Trained reward models, taken as they are in place of training: Hugging Face sequence-classification directories
-    with one label and the policy's tokenizer. The held-out pairs measure them; those must be new to them."""
-    members: PositiveInt = 1
-    """Ensemble size; each member has its own seed and split. With `models`: their number, or 1."""
-    epochs: PositiveFloat = 3.0
+    beta: PositiveFloat = 0.1
+    """Strength of the pull to the reference."""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    epochs: PositiveFloat = 1.0
     batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat = 3e-4
-    held_out_fraction: Fraction = 0.15
-    centering: float = 0.01
-    """Coefficient of the mean-reward penalty (r_w + r_l)²; keeps scores near 0."""
-    min_accuracy: Fraction = 0.0
-    """Held-out accuracy under which `train` refuses to start PPO."""
+    learning_rate: PositiveFloat = 1e-4
+    warmup_fraction: Fraction = 0.05
     threads: PositiveInt = 2
-
-    @property
-    def ensemble(self) -> int:
-        """Members that there will be."""
-        return len(self.models) or self.members
 
 
 # ---------------------------------------------------------------- online
@@ -217,29 +216,6 @@ class RolloutSection(Section):
     """Of each actor. What dies with its host does not count."""
     probe_tolerance: PositiveFloat = 1e-4
     """Largest difference, in nats, between engine and learner log-probs of the probe sequence after a first sync."""
-
-
-class RewardSection(Section):
-    """The asynchronous reward service."""
-
-    workers: PositiveInt = 1
-    batch_size: PositiveInt = 64
-    """Most rollouts in a forward pass."""
-    token_budget: PositiveInt = 8192
-    """Most tokens (padding included) in a forward pass."""
-    batch_wait_s: PositiveFloat = 0.05
-    """How long a part-filled batch waits for more."""
-    cache_entries: PositiveInt = 4096
-    cache_ttl_s: PositiveFloat = 3600.0
-    max_deliveries: PositiveInt = 3
-    """After so many failed tries a task is dead-lettered."""
-    score_timeout_s: PositiveFloat = 60.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights of the reward and reference models; scores and log-probs are float32 regardless."""
-    cpus_per_worker: PositiveFloat = 0.5
-    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
-    threads: PositiveInt = 1
-    max_restarts: Annotated[int, Field(ge=0)] = 3
 
 
 class CheckpointSection(Section):
@@ -311,14 +287,16 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     runs_dir: Path = Path("runs")
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[Stage, ...] = DEFAULT_STAGES
     model: ModelSection = NewModel()
     data: DataSection
     sft: SftSection = SftSection()
     collect: CollectSection = CollectSection()
     rm: RmSection = RmSection()
+    dpo: DpoSection = DpoSection()
     rollout: RolloutSection = RolloutSection()
     reward: RewardSection = RewardSection()
+    review: ReviewSection = ReviewSection()
     learner: LearnerSection = LearnerSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()

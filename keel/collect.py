@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Final
 
 from cluster.data_records import PREFERENCES_FILE, data_dir, record_table, write_rows
 from cluster.errors import ConfigError, DataError
@@ -13,6 +14,9 @@ from keel.sampling import Answer, Question, answer_all, load_questions
 from reward_service.preferences import Candidate, collect_pairs
 
 _MIN_PAIRS = 20
+UNCLEAR_FILE: Final = "preferences_unclear.jsonl"
+"""In data/, beside the preferences: judged pairs without a clear majority. No model trains on them; an audit counts how
+often annotators agree with them too."""
 
 
 def collect_preferences(runtime: Runtime, roles: Roles) -> None:
@@ -35,7 +39,7 @@ def collect_preferences(runtime: Runtime, roles: Roles) -> None:
         twice = [question for question in share for _ in range(2)]
         answers = answer_all(runtime, pool, twice, stage="collect", temperature=temperature)
         candidates += _candidates(share, answers)
-    collected = collect_pairs(candidates, judge=judge, seed=config.seed, policy_version=0)
+    collected = collect_pairs(candidates, judge=judge, seed=config.seed, policy_version=0, source="collected")
     if len(collected.pairs) < _MIN_PAIRS:
         raise DataError(
             "too few preference pairs with a clear label",
@@ -43,6 +47,7 @@ def collect_preferences(runtime: Runtime, roles: Roles) -> None:
             do="raise collect.pairs, or look at the judge",
         )
     write_rows(data_dir(run.path) / PREFERENCES_FILE, collected.pairs)
+    write_rows(data_dir(run.path) / UNCLEAR_FILE, collected.unclear)
     record_table(run.path, "preferences", collected.report)
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from cluster.files import JsonlTail, atomic_write_text
+from cluster.files import Json, JsonlTail, atomic_write_text
+from cluster.reward_models import RewardModels, model_of
 from cluster.supervise import RolePool
 from keel.evaluate import evaluate_policy
 from keel.interrupt import InterruptedRun
 from keel.living import config_of
 from keel.overseer import Overseer
+from keel.refresh import make_refresher
 from keel.roles import Roles
 from keel.runtime import Runtime
 from keel.scaler import ActorIdleness, Scaler
@@ -47,13 +51,21 @@ def run_online(runtime: Runtime, roles: Roles) -> None:
         evaluate_policy(runtime, roles, tag="sft", model_dir=sft_model)
     info = learner.wait_ready(runtime.tick)[0]
     scaler = _make_scaler(runtime, roles)
-    with Overseer(
-        config, run_dir=runtime.run.path, redis_url=runtime.redis_url, pools=lambda: roles.running, scaler=scaler
-    ) as overseer:
+    with ExitStack() as stack:
+        url, pools = runtime.redis_url, lambda: roles.running
+        overseer = Overseer(config, run_dir=runtime.run.path, redis_url=url, pools=pools, scaler=scaler)
+        stack.enter_context(overseer)
+        _announce_scorer(runtime, overseer, found=info.get("rm_version"))
+        followers = [scaler.step]
+        refresher = make_refresher(runtime, roles, announced=overseer.announce)
+        if refresher is not None:
+            stack.callback(refresher.close)
+            overseer.refreshes = refresher.counts
+            followers.append(refresher.step)
         runtime.run.emit(stage="ppo", event="progress", note=f"Prometheus targets: {overseer.discovery_url}")
         for pool in (rollout, reward, learner):
             pool.run()
-        _watch(runtime, roles, overseer=overseer, trackers=trackers, started_s=started_s)
+        _watch(runtime, roles, overseer=overseer, trackers=trackers, followers=followers, started_s=started_s)
     ending = learner.results[0]
     roles.stop("learner")
     log.info("learner: from step %s, ended: %s", info.get("step"), ending)
@@ -71,7 +83,31 @@ def _make_scaler(runtime: Runtime, roles: Roles) -> Scaler:
     )
 
 
-def _watch(runtime: Runtime, roles: Roles, *, overseer: Overseer, trackers: Trackers, started_s: float) -> None:
+def _announce_scorer(runtime: Runtime, overseer: Overseer, *, found: str | None) -> None:
+    """Tell the reward workers which version scores: that of the learner's checkpoint, where it resumes one. Newer ones
+    stay in the registry."""
+    models = RewardModels(runtime.run.path / "rm")
+    if not models.exists():
+        return
+    version, resumed = models.current().version, model_of(found)
+    if resumed is not None and resumed != version:
+        version = resumed
+        models.make_current(version)
+        note = f"the reward model is {version} again, that of the checkpoint"
+        runtime.run.emit(role="refresh", event="restored", note=note)
+    overseer.announce(version, "start of the run")
+
+
+def _watch(
+    runtime: Runtime,
+    roles: Roles,
+    *,
+    overseer: Overseer,
+    trackers: Trackers,
+    followers: Sequence[Callable[[Sequence[Json]], None]],
+    started_s: float,
+) -> None:
+    """Until the learner has ended. `followers` get each step's record."""
     learner = roles.learner()
     metrics = JsonlTail(runtime.run.path / "metrics.jsonl")
     asked: set[Any] = set()
@@ -88,7 +124,8 @@ def _watch(runtime: Runtime, roles: Roles, *, overseer: Overseer, trackers: Trac
         records = metrics.read()
         for record in records:
             trackers.log(record)
-        overseer.scaler.step(records)
+        for follow in followers:
+            follow(records)
         return learner.finished
 
     roles.watch(finished)

@@ -1,6 +1,6 @@
 """The driver's own business with the queue server while a run is online, on a thread with an event loop of its own:
 the lock on the run's name, service discovery for Prometheus, the driver's metrics (queues, workers by state), and the
-control key, through which `keel scale` talks to the scaler.
+control key, through which `keel scale` talks to the scaler; and the reward model's announcement.
 
 Consumes: the server. Produces: the discovery address. Waits: at the start, for the lock of a driver that was killed;
 otherwise for nobody: the driver reads `error`, the scaler `request`. Who unblocks it: the lock's time to live, the
@@ -16,7 +16,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -53,10 +53,17 @@ class Overseer:
         self._redis_url = redis_url
         self._pools = pools
         self.scaler = scaler
+        self.refreshes: Mapping[str, int] = {}
+        """accepted, refused, failed, pairs_judged: since the start of this driver."""
+        self._announcement: tuple[str, str] | None = None
         self._ready = threading.Event()
         self._ended = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="overseer", daemon=True)
+
+    def announce(self, rm_version: str, reason: str) -> None:
+        """Tell the reward workers, soon, which version of the reward model scores. From any thread."""
+        self._announcement = rm_version, reason
 
     def __enter__(self) -> Overseer:
         self._thread.start()
@@ -162,16 +169,20 @@ class Overseer:
                 metrics.set_workers(name, counts=pool.states)
                 metrics.set_restarts(name, total=pool.restarts)
                 metrics.workers_wanted.labels(name).set(pool.wanted)
+            metrics.set_refreshes(self.refreshes)
             for decision, total in self.scaler.decisions.items():
                 metrics.autoscale_decisions[decision].inc(total - decisions[decision])
                 decisions[decision] = total
             await asyncio.sleep(_METRICS_PERIOD_S)
 
     async def _control(self, redis: RunRedis) -> None:
-        """Carry requests to the scaler and its reports back, for ever."""
-        told = None
+        """Carry requests to the scaler, its reports back, and announcements to the reward workers, for ever."""
+        told, announced = None, None
         while True:
             try:
+                if (announcement := self._announcement) is not None and announcement != announced:
+                    await redis.reward_model.announce(announcement[0], reason=announcement[1])
+                    announced = announcement
                 self.scaler.request = await redis.control.asked()
                 if (report := self.scaler.report) != told:
                     await redis.control.tell(report)

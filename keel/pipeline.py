@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from cluster.process import log_to_file
 from configs.run import STAGES, RunConfig, Stage
+from keel.constitution import keep_constitution
 from keel.display import Display
 from keel.interrupt import InterruptedRun, stop_on_signal
 from keel.plan_gate import check_cluster, check_this_machine
@@ -17,14 +18,17 @@ from keel.roles import Roles
 from keel.rundir import RunDirectory, open_run
 from keel.runtime import Runtime
 from keel.stages import STAGE_FUNCTIONS
+from reward_service.compose import check_rewards
 
 INTERRUPTED_EXIT_CODE = 130
 
 
 def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
     """Run the configured stages. Returns the exit code; raises KeelError with what was done kept on disk."""
+    check_rewards(config.reward)
     check_this_machine(config, resume=resume)
     with open_run(config, resume=resume, fresh=fresh) as run, stop_on_signal() as stop:
+        keep_constitution(config, run.path)
         log_to_file(run.path / "logs" / "driver-0.log")
         wanted = [stage for stage in STAGES if stage in config.stages]
         with Display(run.path, wanted) as display:

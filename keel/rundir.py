@@ -20,7 +20,9 @@ from cluster.files import atomic_write_text
 from configs.load import dump_config
 from configs.run import RunConfig, Stage
 
-_OFFLINE: tuple[Stage, ...] = ("sft", "collect", "rm")
+_OFFLINE: tuple[Stage, ...] = ("sft", "collect", "rm", "dpo")
+_ONLINE_KEYS: dict[str, tuple[str, ...]] = {"rm": ("refresh", "accept_red")}
+"""Keys of an offline stage's section that may change after it: other stages read them."""
 
 
 class RunDirectory:
@@ -111,7 +113,8 @@ def _reconcile(run: RunDirectory, old_text: str, new_text: str) -> None:
 
     old, new = yaml.safe_load(old_text), yaml.safe_load(new_text)
     finished = [stage for stage in _OFFLINE if run.done(stage)]
-    changed = [key for key in ("name", "seed", "model", "data", *finished) if old.get(key) != new.get(key)]
+    keys = ("name", "seed", "model", "data", *finished)
+    changed = [key for key in keys if _fixed(old, key) != _fixed(new, key)]
     fixed = ("batch_size", "samples_per_prompt")  # The ledger of issued tasks counts in these.
     changed += [f"learner.{key}" for key in fixed if old["learner"][key] != new["learner"][key]]
     if changed:
@@ -122,6 +125,11 @@ def _reconcile(run: RunDirectory, old_text: str, new_text: str) -> None:
         )
     if new["learner"]["steps"] > old["learner"]["steps"]:
         run.reopen("ppo", "evaluate")
+
+
+def _fixed(config: dict[str, Any], key: str) -> Any:
+    section, free = config.get(key), _ONLINE_KEYS.get(key, ())
+    return {name: value for name, value in section.items() if name not in free} if free and section else section
 
 
 @contextmanager

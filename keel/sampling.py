@@ -60,21 +60,32 @@ def load_questions(config: RunConfig, run_dir: Path, *, table: str, limit: int |
 
 
 def answer_all(
-    runtime: Runtime, pool: RolePool, questions: Sequence[Question], *, stage: str, temperature: float
+    runtime: Runtime,
+    pool: RolePool,
+    questions: Sequence[Question],
+    *,
+    stage: str,
+    temperature: float,
+    newest: bool = False,
 ) -> list[Answer]:
-    """One answer a question, in order, spread over the pool's actors. Reports progress as `stage`."""
-    tokenizer = load_tokenizer(runtime.run.path / "sft" / "model")
-    asking = Asking(runtime, pool, temperature=temperature)
+    """One answer a question, in order, spread over the pool's actors. Reports progress as `stage`. `newest`: actors
+    hold the newest weights of the run, not those that they started with."""
+    asking = Asking(runtime, pool, temperature=temperature, newest=newest)
     for start in range(0, len(questions), _CHUNK_PROMPTS):
         asking.ask(start, [question.token_ids for question in questions[start : start + _CHUNK_PROMPTS]])
     answers: dict[int, Answer] = {}
-    while asking.pending:
+    while asking.open:
         for start, results in asking.answered():
-            for offset, (ids, finish_reason) in enumerate(results):
-                answers[start + offset] = Answer(decode_answer(tokenizer, ids), list(ids), finish_reason == "length")
+            answers |= {start + offset: answer for offset, answer in enumerate(decoded(runtime, results))}
             runtime.run.emit(stage=stage, event="progress", step=len(answers), steps=len(questions))
         runtime.tick()
     return [answers[position] for position in range(len(questions))]
+
+
+def decoded(runtime: Runtime, results: Sequence[tuple[list[int], str]]) -> list[Answer]:
+    """What an actor's `generate` gave, as answers."""
+    tokenizer = load_tokenizer(runtime.run.path / "sft" / "model")
+    return [Answer(decode_answer(tokenizer, ids), list(ids), reason == "length") for ids, reason in results]
 
 
 @dataclass(frozen=True)
@@ -87,12 +98,16 @@ class _Chunk:
 
 @dataclass
 class Asking:
-    """Chunks of prompts that are out at the actors."""
+    """Chunks of prompts that are out at the actors. `newest`: as in `answer_all`. `online`: beside a run's rollouts,
+    when actors follow the policy by themselves, and nothing may wait for one to come up."""
 
     runtime: Runtime
     pool: RolePool
     temperature: float
+    newest: bool = False
+    online: bool = False
     pending: dict[Any, _Chunk] = field(default_factory=dict)
+    _unsent: list[tuple[int, list[list[int]], int]] = field(default_factory=list)
     _asked: int = 0
     _known: set[Any] = field(default_factory=set)
 
@@ -100,12 +115,15 @@ class Asking:
         self._known = set(self.pool.handles)
 
     def ask(self, start: int, prompts: list[list[int]], *, tries: int = 1) -> None:
-        """Send a chunk to the next actor in turn, waiting for one if none is up."""
+        """Send a chunk to the next actor in turn, waiting for one if none is up; online, it is sent when one is."""
+        if self.online and not self.pool.handles:
+            self._unsent.append((start, prompts, tries))
+            return
         while not self.pool.handles:
             self.pool.wait_ready(self.runtime.tick)
         handle = self.pool.handles[self._asked % len(self.pool.handles)]
         self._asked += 1
-        if handle not in self._known:
+        if self.newest and handle not in self._known:
             # A replacement booted from the model directory; the others may hold newer weights.
             self.runtime.wait(handle.sync_to_newest.remote())
             self._known.add(handle)
@@ -114,10 +132,20 @@ class Asking:
         )
         self.pending[reference] = _Chunk(start, prompts, handle, tries)
 
-    def answered(self) -> list[tuple[int, Any]]:
+    @property
+    def open(self) -> bool:
+        """Some chunk has not come back."""
+        return bool(self.pending or self._unsent)
+
+    def answered(self, *, wait_s: float = 0.3) -> list[tuple[int, Any]]:
         """Chunks that came back, by their start. Those of dead actors are asked again; any other error is raised."""
+        unsent, self._unsent = self._unsent, []
+        for start, prompts, tries in unsent:
+            self.ask(start, prompts, tries=tries)
+        if not self.pending:
+            return []
         ray = self.runtime.ray
-        done, _ = ray.wait(list(self.pending), timeout=0.3)
+        done, _ = ray.wait(list(self.pending), timeout=wait_s, num_returns=len(self.pending) if wait_s == 0.0 else 1)
         found = []
         for reference in done:
             chunk = self.pending.pop(reference)

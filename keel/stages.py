@@ -11,12 +11,13 @@ from cluster.data import prepare_data
 from cluster.text import resolve_model_dir
 from configs.run import PretrainedModel, RunConfig, Stage
 from keel.collect import collect_preferences
-from keel.evaluate import evaluate_policy, write_samples, write_summary
+from keel.evaluate import evaluate_run
 from keel.online import run_online
 from keel.report import write_report
 from keel.roles import Roles
 from keel.rundir import append_progress
 from keel.runtime import Runtime
+from keel.summary import write_samples, write_summary
 
 
 def _offline(stage_path: str, config: RunConfig, run_dir: Path) -> None:
@@ -60,15 +61,19 @@ def sft(runtime: Runtime, roles: Roles) -> None:
 
 
 def collect(runtime: Runtime, roles: Roles) -> None:
-    """Preference pairs from the SFT policy; nothing to do where preferences were given."""
-    if runtime.config.data.preferences is None:
+    """Preference pairs from the SFT policy; nothing to do where preferences were given, or nobody needs any."""
+    config = runtime.config
+    needs_pairs = config.reward.needs_model or "dpo" in config.stages
+    if config.data.preferences is None and needs_pairs:
         collect_preferences(runtime, roles)
 
 
 def rm(runtime: Runtime, roles: Roles) -> None:
-    """The reward model."""
-    roles.clear_gpu()
+    """The reward model; nothing to do where the reward comes from elsewhere."""
     config = runtime.config
+    if not config.reward.needs_model:
+        return
+    roles.clear_gpu()
     runtime.call(
         _offline, "reward_service.rm_train:run_rm", config, runtime.run.path, threads=config.rm.threads,
         gpus=config.learner.gpus_per_rank,
@@ -80,9 +85,20 @@ def ppo(runtime: Runtime, roles: Roles) -> None:
     run_online(runtime, roles)
 
 
+def dpo(runtime: Runtime, roles: Roles) -> None:
+    """Direct preference optimisation. What was evaluated before is evaluated again, beside it."""
+    roles.clear_gpu()
+    config = runtime.config
+    runtime.run.reopen("evaluate")
+    runtime.call(
+        _offline, "learner.dpo:run_dpo", config, runtime.run.path, threads=config.dpo.threads,
+        gpus=config.learner.gpus_per_rank,
+    )  # fmt: skip
+
+
 def evaluate(runtime: Runtime, roles: Roles) -> None:
-    """The final policy on the held-out prompts, beside the SFT policy's answers to the same."""
-    evaluate_policy(runtime, roles, tag="final", model_dir=runtime.run.path / "policy" / "final")
+    """The trained policies on the held-out prompts, beside the SFT policy's answers to the same."""
+    evaluate_run(runtime, roles)
     write_samples(runtime)
 
 
@@ -99,6 +115,7 @@ STAGE_FUNCTIONS: Final[Mapping[Stage, Callable[[Runtime, Roles], None]]] = {
     "collect": collect,
     "rm": rm,
     "ppo": ppo,
+    "dpo": dpo,
     "evaluate": evaluate,
     "report": report,
 }

@@ -16,8 +16,10 @@ from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
 from cluster.errors import ConfigError
+from configs.checks import named_functions
 from configs.load import dump_config, load_config
-from configs.run import FileSource, PretrainedModel, RmSection, RunConfig, Section
+from configs.run import FileSource, PretrainedModel, RewardSection, RmSection, RunConfig, Section
+from reward_service.constitution_file import read_rules
 
 CONFIG_NAME: Final = "keel-job.yaml"
 MAX_PACKAGE_BYTES: Final = 100 << 20
@@ -109,6 +111,7 @@ def _with_local_files(package: Package) -> Package:
     if isinstance(run.model, PretrainedModel):
         run = _updated(run, model=_uploaded_model(run.model, files=files, notes=notes))
     run = _updated(run, rm=_uploaded_reward_models(run.rm, files=files, notes=notes))
+    run = _updated(run, reward=_uploaded_constitution(run.reward, files=files, notes=notes))
     return Package(config=run, files=files, notes=notes)
 
 
@@ -126,6 +129,23 @@ def _uploaded(source: FileSource, *, key: str, files: dict[str, Path], notes: li
     files[name] = source.path
     notes.append(f"{key} is uploaded: {source.path}")
     return _updated(source, path=Path(name))
+
+
+def _uploaded_constitution(reward: RewardSection, *, files: dict[str, Path], notes: list[str]) -> RewardSection:
+    path = reward.constitution
+    if path is None:
+        return reward
+    if path.is_absolute():
+        notes.append(f"reward.constitution is read on the cluster: {path}")
+        return reward
+    if not path.is_file():
+        raise ConfigError(
+            "reward.constitution: no such file here", got=str(path), do="give a file of rules; see docs/rewards.md"
+        )
+    name = f"{_FILES}/constitution/{path.name}"
+    files[name] = path
+    notes.append(f"reward.constitution is uploaded: {path}")
+    return _updated(reward, constitution=Path(name))
 
 
 def _uploaded_model(model: PretrainedModel, *, files: dict[str, Path], notes: list[str]) -> PretrainedModel:
@@ -173,16 +193,18 @@ def _updated(section: S, **changes: object) -> S:
 # ---------------------------------------------------------------- the user's code
 
 
+def _functions_in_rules(constitution: Path) -> dict[str, str]:
+    if not constitution.is_file():
+        return {}
+    rules = read_rules(constitution).rules
+    return {f"reward.constitution, rule {rule.name}": rule.when.function for rule in rules if rule.when.function}
+
+
 def _unshipped_modules(run: RunConfig, *, working_dir: Path | None, files: dict[str, Path]) -> Iterator[str]:
-    world = run.data.world
-    references = {
-        "data.world.factory": world.factory if world else None,
-        "collect.judge": run.collect.judge,
-        "evaluation.gold": run.evaluation.gold,
-    }
+    references = named_functions(run)
+    if run.reward.constitution is not None:
+        references |= _functions_in_rules(run.reward.constitution)
     for key, reference in references.items():
-        if reference is None:
-            continue
         module = reference.partition(":")[0]
         path = module.replace(".", "/")
         if module.split(".")[0] in _SHIPPED or f"{path}.py" in files or f"{path}/__init__.py" in files:

@@ -38,6 +38,8 @@ class TrainBatch:
     """What the logits were divided by when the tokens were sampled."""
     score_B: Tensor
     """Raw reward: aggregate over ensemble members, before normalisation. float64."""
+    weight_B: Tensor
+    """Of the row in the policy's loss: less where the reward model's members disagree. float32."""
     group_B: Tensor
     """Index of the prompt's group: equal for answers to be compared with each other."""
     oldest_version_B: Tensor
@@ -106,6 +108,7 @@ def train_batch(rollouts: Sequence[ScoredRollout]) -> TrainBatch:
         truncated_B=torch.tensor([row.finish_reason == "length" for row in rows]),
         temperature_B=torch.tensor([row.task.temperature for row in rows], dtype=torch.float32),
         score_B=torch.tensor([scored.reward for scored in rollouts], dtype=torch.float64),
+        weight_B=torch.tensor([scored.weight for scored in rollouts], dtype=torch.float32),
         group_B=torch.tensor([groups.setdefault(row.task.group_id, len(groups)) for row in rows]),
         oldest_version_B=torch.tensor([row.oldest_version for row in rows]),
         task_ids=tuple(row.task.task_id for row in rows),
@@ -172,6 +175,7 @@ def _check(scored: ScoredRollout) -> None:
         )
     numbers = (
         ("score", [scored.reward]),
+        ("weight", [scored.weight]),
         ("behaviour log-probability", rollout.behaviour_logprobs),
         ("reference log-probability", scored.ref_logprobs),
     )

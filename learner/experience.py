@@ -180,7 +180,9 @@ def make_experience(
             prox_BT, behaviour_logprobs_BT=batch.behaviour_logprobs_BT, cap=settings.behaviour_weight_cap
         ),
         rewards_BT=rewards_BT,
-        advantages_BT=advantages_BT,
+        # After whitening, so that a row that counts less does not make the others count more. The critic still learns
+        # from it: its score is uncertain, not absent.
+        advantages_BT=advantages_BT * batch.weight_B[:, None],
         values_BT=values_BT,
         returns_BT=returns_BT,
         kl_nats_per_sequence_B=kl_BT.sum(1),

@@ -123,7 +123,8 @@ class Intake:
         except CodecError as error:
             log.error("dropped an unreadable dead letter: %s", error)
             return
-        if self.ledger.bury(letter.task.task_id):
+        buried = self.ledger.bury(letter.task.task_id, rejected=letter.rejected)
+        if buried and not letter.rejected:
             log.warning("task %s is dead after %d tries in %s: %s",
                         letter.task.task_id, letter.deliveries, letter.stage, letter.reason)  # fmt: skip
 

@@ -153,7 +153,7 @@ class LearnerActor:
             turns=spec.turns,
         )
         self._leading = state, Telemetry(spec.config, run_dir=self._run_dir, process=process, state=state)
-        return {"step": state.step, "version": state.version}
+        return {"step": state.step, "version": state.version, "rm_version": state.scores.version}
 
     async def _follow(self, process: Process, trainer: Any) -> dict[str, Any]:
         from learner.follow import Follower

@@ -1,6 +1,7 @@
 """The learner's account of every task: what was issued, and the one outcome that each task gets.
 
-Pure bookkeeping, no input or output. Always holds: issued = trained + stale_dropped + dead + outstanding + held.
+Pure bookkeeping, no input or output. Always holds: issued = trained + stale_dropped + dead +
+rejected + outstanding + held.
 That identity is what lets a run lose actors, reward workers or a whole queue server and still lose no sample.
 """
 
@@ -37,13 +38,15 @@ class Counts:
     trained: int = 0
     stale_dropped: int = 0
     dead: int = 0
+    rejected: int = 0
+    """Answers that the reward service refused as too uncertain."""
     duplicates: int = 0
     """Results for tasks that had an outcome already, or that another incarnation of the run had issued."""
     reissued: int = 0
 
     @property
     def dropped(self) -> int:
-        return self.stale_dropped + self.dead
+        return self.stale_dropped + self.dead + self.rejected
 
 
 @dataclass
@@ -101,13 +104,17 @@ class Ledger:
             self._drop(task.group_id)
         return True
 
-    def bury(self, task_id: str) -> bool:
-        """A task was dead-lettered. Its group (of one, unless the estimator compares answers) is given up with it."""
+    def bury(self, task_id: str, *, rejected: bool = False) -> bool:
+        """A task was dead-lettered, or its answer refused. Its group (of one, unless the estimator compares answers) is
+        given up with it."""
         entry = self._outstanding.pop(task_id, None)
         if entry is None:
             self.counts.duplicates += 1
             return False
-        self.counts.dead += 1
+        if rejected:
+            self.counts.rejected += 1
+        else:
+            self.counts.dead += 1
         group = entry.task.group_id
         self._groups[group].discard(task_id)
         self._broken.add(group)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from cluster.errors import ModelError
+from cluster.reward_models import RewardModels
 from configs.run import LearnerSection, RunConfig
 from learner.algo.advantages import NEEDS_CRITIC
 from learner.critic import Critic
@@ -21,25 +21,9 @@ from learner.update import Trainable
 _M = TypeVar("_M", Policy, Critic)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Mean and standard deviation of the reward model's raw scores on the answers it was trained from."""
-
-    rm_version: str
-    mean: float
-    std: float
-    count: int
-
-    @classmethod
-    def read(cls, rm_dir: Path) -> Calibration:
-        manifest = json.loads((rm_dir / "manifest.json").read_text())
-        numbers = manifest["calibration"]
-        return cls(manifest["version"], numbers["mean"], numbers["std"], numbers["count"])
-
-
 def load_trainable(config: RunConfig, *, run_dir: Path, ranks: Ranks) -> Trainable:
-    """Policy from sft/model, critic from rm/member_0, and new optimisers. With a mesh, every rank calls it together.
-    Raises ModelError."""
+    """Policy from sft/model, critic from the reward model's first member, and new optimisers. With a mesh, every rank
+    calls it together. Raises ModelError."""
     settings = config.learner
     policy = _policy(config, run_dir, ranks)
     policy_optimiser = ScheduledAdamW(policy, section=settings.policy, total_steps=settings.steps)
@@ -74,7 +58,11 @@ def _policy(config: RunConfig, run_dir: Path, ranks: Ranks) -> Policy:
 
 
 def _critic(config: RunConfig, run_dir: Path, ranks: Ranks, *, vocab_size: int) -> Critic:
-    path, calibration = run_dir / "rm" / "member_0", Calibration.read(run_dir / "rm")
+    # Of the first version, also on a resumed run: its shape is what counts then, the weights are the checkpoint's.
+    model = RewardModels(run_dir / "rm").versions()[0]
+    path, calibration = model.member_dirs[0], model.manifest.calibration
+    if calibration is None:
+        raise ModelError("the reward model has no calibration", got=str(model.path), do="run the rm stage again")
     options = _options(config.learner) | {"mean": calibration.mean, "std": calibration.std}
     if ranks.rank == 0:
         critic = Critic.load(path, vocab_size=vocab_size, **options)

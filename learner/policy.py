@@ -209,6 +209,7 @@ def _probe_batch(token_ids: Tensor) -> TrainBatch:
         truncated_B=torch.tensor([False]),
         temperature_B=torch.ones(1),
         score_B=zeros_B.double(),
+        weight_B=torch.ones(1),
         group_B=torch.tensor([0]),
         oldest_version_B=torch.tensor([0]),
         task_ids=("probe",),

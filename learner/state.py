@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoint, CheckpointStore
-from cluster.errors import CheckpointError
 from cluster.records import ScoredRollout
+from cluster.reward_models import RewardModels
 from cluster.streams import Streams
 from cluster.text import load_tokenizer
 from cluster.turns import Turns
@@ -30,18 +30,18 @@ from cluster.weights import Probe, Transport, WeightBlob, WeightChannel, pack
 from cluster.weights_collective import CollectiveWeightChannel
 from configs.run import RunConfig
 from learner.algo.kl import KlState
-from learner.algo.normalise import ScoreNormaliser
 from learner.batch import train_batch
 from learner.best import BestPolicy
 from learner.deck import PromptDeck, TaskTemplate
 from learner.device_turns import DeviceTurns
-from learner.experience import Experience, ExperienceStats, experience_stats, normalised_scores
+from learner.experience import Experience, ExperienceStats, experience_stats
 from learner.intake import Intake, IntakeSettings
 from learner.kl_control import kl_budget, kl_controller
 from learner.ledger import Gate, Ledger
-from learner.models import Calibration, learner_device
+from learner.models import learner_device
 from learner.prompts import load_deck
 from learner.ranks import SOLO
+from learner.score_scale import ScoreScale
 from learner.team import Team
 from learner.trainer import Trainer
 from learner.update_stats import UpdateStats
@@ -66,11 +66,7 @@ class LearnerState:
         self.step = 0
         self.version = 0
         self.total_steps = config.learner.steps
-        self.calibration = Calibration.read(run_dir / "rm")
-        self.normaliser = ScoreNormaliser().calibrated(
-            self.calibration.rm_version,
-            mean=self.calibration.mean, std=self.calibration.std, count=self.calibration.count,
-        )  # fmt: skip
+        self.scores = ScoreScale(RewardModels(run_dir / "rm"))
         self.kl_controller = kl_controller(config.learner.kl)
         self.kl_budget = kl_budget(config.learner.kl_budget)
         self.kl = self.kl_controller.initial()
@@ -118,9 +114,7 @@ class LearnerState:
 
     def make_experience(self, rollouts: Sequence[ScoredRollout]) -> Experience:
         """Batch, normalised scores, rewards, values, advantages: steps 2 to 4 of DESIGN §5."""
-        scores_B, self.normaliser = normalised_scores(
-            train_batch(rollouts), self.normaliser, score_clip=self.settings.score_clip
-        )
+        scores_B = self.scores.normalised(train_batch(rollouts), score_clip=self.settings.score_clip)
         return self.team.make_experience(rollouts, scores_B=scores_B, beta=self.kl.beta)
 
     def update(self, experience: Experience) -> UpdateStats:
@@ -229,8 +223,7 @@ class LearnerState:
             "step": self.step,
             "version": self.version,
             "kl": self.kl.to_dict(),
-            "normaliser": self.normaliser.to_dict(),
-            "rm_version": self.calibration.rm_version,
+            **self.scores.to_state(),
             "prompt_position": self.deck.position,
             "ledger": self.intake.ledger.to_state(),
             "best": self.best.to_state(),
@@ -238,16 +231,10 @@ class LearnerState:
 
     def _restore(self, checkpoint: Checkpoint) -> tuple[Ledger, int]:
         saved = checkpoint.state
-        if saved["rm_version"] != self.calibration.rm_version:
-            raise CheckpointError(
-                "the checkpoint was trained against another reward model",
-                got=f"{saved['rm_version']}, rm/ holds {self.calibration.rm_version}",
-                do="restore rm/, or start over with --fresh",
-            )
+        self.scores.load_state(saved)
         self.step, self.version = saved["step"], saved["version"]
         self._saved_step = self.step
         self.kl = KlState.from_dict(saved["kl"])
-        self.normaliser = ScoreNormaliser.from_dict(saved["normaliser"])
         self.best.from_state(saved["best"])
         self.team.load(checkpoint.path)
         log.info("resumed at step %d, version %d, beta %.4f", self.step, self.version, self.kl.beta)

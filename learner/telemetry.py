@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from cluster.data_records import Prompt
 from cluster.errors import StreamError
 from cluster.files import JsonlWriter, atomic_write_text, read_jsonl
 from cluster.metrics import LearnerMetrics
@@ -23,6 +24,7 @@ from cluster.records import ScoredRollout
 from cluster.streams import Depth, StreamName
 from cluster.text import decode_answer, load_tokenizer
 from configs.run import RunConfig
+from learner.caught import CaughtAnswers
 from learner.experience import ExperienceStats
 from learner.ledger import Counts
 from learner.update import UpdateStats
@@ -73,6 +75,7 @@ class Telemetry:
         self._gold: Callable[..., float] | None = (
             resolve(config.evaluation.gold, key="evaluation.gold") if config.evaluation.gold is not None else None
         )
+        self._caught = CaughtAnswers(run_dir)
         path = run_dir / "metrics.jsonl"
         _cut_back(path, step=state.step)
         self._writer = JsonlWriter(path)
@@ -119,7 +122,8 @@ class Telemetry:
             "time_s": round(now_s - self._started_s, 3),
             "reward_mean": stats.score_mean,
             "reward_std": stats.score_std,
-            "proxy_z": (stats.score_mean - state.calibration.mean) / max(state.calibration.std, 1e-8),
+            "proxy_z": state.scores.proxy_z(rollouts),
+            "rm_version": state.scores.version,
             "reward_normalised_mean": stats.score_normalised_mean,
             "reward_uncertainty_mean": fmean(scored.uncertainty for scored in rollouts),
             "kl_target_nats_per_sequence": state.kl_target,
@@ -130,6 +134,7 @@ class Telemetry:
             "samples_trained": counts.trained,
             "samples_stale_dropped": counts.stale_dropped,
             "samples_dead": counts.dead,
+            "samples_rejected": counts.rejected,
             "samples_duplicate": counts.duplicates,
             "samples_reissued": counts.reissued,
             "tokens_per_second_rollout": stats.tokens / max(now_s - self._seen.finished_s, 1e-9),
@@ -140,6 +145,11 @@ class Telemetry:
         }
         for name, value in (asdict(stats) | asdict(update)).items():
             record.setdefault(name, value)
+        if any(scored.verdicts for scored in rollouts):
+            record["flagged_fraction"] = fmean(bool(scored.verdicts) for scored in rollouts)
+            record["caught"] = self._caught.keep((scored, *self._texts(state, scored)) for scored in rollouts)
+        if any(scored.weight != 1.0 for scored in rollouts):
+            record["down_weighted_fraction"] = fmean(scored.weight != 1.0 for scored in rollouts)
         if self._gold is not None:
             record["gold_mean"] = fmean(self._golds(state, rollouts))
         self._seen.finished_s = now_s
@@ -147,15 +157,13 @@ class Telemetry:
 
     def _golds(self, state: LearnerState, rollouts: Sequence[ScoredRollout]) -> list[float]:
         assert self._gold is not None
-        return [
-            float(
-                self._gold(
-                    state.deck.prompt(scored.rollout.task.prompt_id),
-                    decode_answer(self._tokenizer, scored.rollout.response_ids.tolist()),
-                )
-            )
-            for scored in rollouts
-        ]
+        return [float(self._gold(*self._texts(state, scored))) for scored in rollouts]
+
+    def _texts(self, state: LearnerState, scored: ScoredRollout) -> tuple[Prompt, str]:
+        """Prompt as it was read, and the answer."""
+        rollout = scored.rollout
+        prompt = state.deck.prompt(rollout.task.prompt_id)
+        return prompt, decode_answer(self._tokenizer, rollout.response_ids.tolist())
 
     def _ages(self, state: LearnerState, rollouts: Sequence[ScoredRollout]) -> list[int]:
         """Versions that each sample lagged behind the policy it trained, which is the one before this step's."""
@@ -173,7 +181,8 @@ class Telemetry:
         ):  # fmt: skip
             if record.get(name) is not None:
                 getattr(metrics, name).set(record[name])
-        metrics.reward_z.set(record["proxy_z"])
+        if record["proxy_z"] is not None:
+            metrics.reward_z.set(record["proxy_z"])
         metrics.uncertainty_mean.set(record["reward_uncertainty_mean"])
         metrics.policy_version.set(state.version)
         for model in metrics.MODELS:
@@ -183,6 +192,7 @@ class Telemetry:
         metrics.tokens_trained.inc(record["tokens"])
         metrics.samples_issued.inc(counts.issued - seen.issued)
         metrics.samples_dead.inc(counts.dead - seen.dead)
+        metrics.samples_rejected.inc(counts.rejected - seen.rejected)
         metrics.duplicates_dropped.inc(counts.duplicates - seen.duplicates)
         metrics.stale_dropped.inc(counts.stale_dropped - seen.stale_dropped)
         metrics.reissues.inc(counts.reissued - seen.reissued)

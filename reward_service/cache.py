@@ -30,6 +30,7 @@ from cluster.errors import KeelError
 from cluster.keys import score_key
 from cluster.records import Float32s, Rollout, pack_floats
 from cluster.stores import ScoreStore
+from reward_service.scorer import NO_MODEL
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class CachedScores(msgspec.Struct, frozen=True, kw_only=True):
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(CachedScores)
+_NO_MODEL: Final = score_key(NO_MODEL, "")
+"""How the keys begin whose values have no member scores."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +137,17 @@ class ScoreCache:
             self._rest_store(error)
             return {}
         decoded = {
-            key: self._decode(payload) for key, payload in zip(keys, payloads, strict=True) if payload is not None
+            key: self._decode(key, payload) for key, payload in zip(keys, payloads, strict=True) if payload is not None
         }
         return {key: value for key, value in decoded.items() if value is not None}
 
-    def _decode(self, payload: bytes) -> CachedScores | None:
+    def _decode(self, key: str, payload: bytes) -> CachedScores | None:
         try:
             value = _DECODER.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError):
             value = None
-        if value is None or not value.member_scores or not all(map(math.isfinite, value.member_scores)):
+        empty = value is not None and not value.member_scores and not key.startswith(_NO_MODEL)
+        if value is None or empty or not all(map(math.isfinite, value.member_scores)):
             self.counts["damaged"] += 1
             return None
         return value

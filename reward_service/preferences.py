@@ -4,67 +4,44 @@ worth. Pure Python, deterministic from a seed.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from cluster.data_records import PreferencePair, Prompt, TableReport
 from cluster.errors import DataError
+from cluster.labels import MIN_CONFIDENCE, labelled
 
-Judge = Callable[[Prompt, str, str, random.Random], Sequence[bool]]
-"""(prompt, answer_a, answer_b, rng) → votes, True where A is preferred."""
+Judge = Callable[[Prompt, str, str, random.Random], Sequence[bool] | Mapping[str, bool]]
+"""(prompt, answer_a, answer_b, rng) → votes, True where A is preferred: a list, or a mapping by annotator."""
 
-MIN_CONFIDENCE: Final = 0.6
 IDENTICAL: Final = "identical answers"
 EMPTY: Final = "empty answer"
 LOW_CONFIDENCE: Final = "low confidence"
 
 
 @dataclass(frozen=True)
-class Majority:
-    """The side with more votes and its share of them, in (0.5, 1]."""
-
-    prefers_a: bool
-    confidence: float
-
-
-@dataclass(frozen=True)
 class Candidate:
-    """Two answers to one prompt, not yet judged."""
+    """Two answers to one prompt, not yet judged, and the policy versions that gave them, where they are known."""
 
     prompt: Prompt
     answer_a: str
     answer_b: str
+    version_a: int | None = None
+    version_b: int | None = None
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Labelled pairs, and what became of every candidate."""
+    """Labelled pairs, and what became of every candidate. `places`: which candidate each pair was. `unclear`: those
+    without a clear majority, answer A as `chosen`, with their votes."""
 
     pairs: list[PreferencePair]
     report: TableReport
-
-
-def majority(votes: Sequence[bool], *, min_confidence: float = MIN_CONFIDENCE) -> Majority | None:
-    """The majority's label; None when its share is under `min_confidence` or the votes are even.
-
-    >>> majority([True, True, False, True, False])
-    Majority(prefers_a=True, confidence=0.6)
-    >>> majority([True, False]) is None
-    True
-
-    Raises DataError for no votes.
-    """
-    if not votes:
-        raise DataError("a judge gave no votes", do="return at least one vote a pair")
-    for_a = sum(votes)
-    confidence = max(for_a, len(votes) - for_a) / len(votes)
-    if 2 * for_a == len(votes) or confidence < min_confidence:
-        return None
-    return Majority(prefers_a=2 * for_a > len(votes), confidence=confidence)
+    places: list[int] = field(default_factory=list)
+    unclear: list[PreferencePair] = field(default_factory=list)
 
 
 def collect_pairs(
@@ -74,14 +51,17 @@ def collect_pairs(
     seed: int,
     policy_version: int | None = None,
     min_confidence: float = MIN_CONFIDENCE,
+    name: str = "judged",
+    source: str | None = None,
 ) -> Collected:
     """Have every candidate judged. Identical or empty answers and votes without a clear majority are counted, not used.
+    `name`: what the pairs' ids begin with. `policy_version`: of candidates that do not name their own.
 
     Each candidate has its own random generator, seeded by `seed` and its place: a judge's draws for one pair do not
-    depend on which others were skipped.
+    depend on which others were skipped. Raises DataError for a judge that gives no vote.
     """
-    report = TableReport()
-    pairs: list[PreferencePair] = []
+    collected = Collected([], TableReport())
+    report = collected.report
     for index, candidate in enumerate(candidates):
         report.read += 1
         reason = _unusable(candidate)
@@ -89,39 +69,22 @@ def collect_pairs(
             report.reject(reason)
             continue
         rng = random.Random(f"judge {seed} {index}")
-        votes = list(judge(candidate.prompt, candidate.answer_a, candidate.answer_b, rng))
-        label = majority(votes, min_confidence=min_confidence)
-        if label is None:
+        votes = judge(candidate.prompt, candidate.answer_a, candidate.answer_b, rng)
+        judged = _pair(candidate, votes, pair_id=f"{name}-{index:07d}", policy_version=policy_version, source=source)
+        pair = labelled(judged, min_confidence=min_confidence)
+        if pair is None:
             report.reject(LOW_CONFIDENCE)
+            collected.unclear.append(judged)
             continue
-        pairs.append(_pair(candidate, votes, label=label, index=index, policy_version=policy_version))
-    report.used = len(pairs)
-    return Collected(pairs, report)
+        collected.pairs.append(pair)
+        collected.places.append(index)
+    report.used = len(collected.pairs)
+    return collected
 
 
-def ranking_pairs(
-    prompt: Prompt, answers_best_first: Sequence[str], *, ranking_id: str, policy_version: int | None = None
-) -> Collected:
-    """A ranking of k answers → its k(k − 1)/2 pairs, the better answer chosen; equal texts are counted, not used."""
-    report = TableReport()
-    pairs: list[PreferencePair] = []
-    for (better, chosen), (worse, rejected) in itertools.combinations(enumerate(answers_best_first), 2):
-        report.read += 1
-        reason = _unusable(Candidate(prompt, chosen, rejected))
-        if reason is not None:
-            report.reject(reason)
-            continue
-        pairs.append(
-            PreferencePair(
-                pair_id=f"{ranking_id}-{better}-{worse}",
-                prompt=prompt,
-                chosen=chosen,
-                rejected=rejected,
-                policy_version=policy_version,
-            )
-        )
-    report.used = len(pairs)
-    return Collected(pairs, report)
+def is_usable(candidate: Candidate) -> bool:
+    """There is something to compare."""
+    return _unusable(candidate) is None
 
 
 def _unusable(candidate: Candidate) -> str | None:
@@ -133,19 +96,27 @@ def _unusable(candidate: Candidate) -> str | None:
 
 
 def _pair(
-    candidate: Candidate, votes: list[bool], *, label: Majority, index: int, policy_version: int | None
+    candidate: Candidate,
+    votes: Sequence[bool] | Mapping[str, bool],
+    *,
+    pair_id: str,
+    policy_version: int | None,
+    source: str | None,
 ) -> PreferencePair:
-    chosen, rejected = candidate.answer_a, candidate.answer_b
-    if not label.prefers_a:
-        chosen, rejected = rejected, chosen
+    """Answer A as `chosen`, whatever the votes say."""
+    version_a, version_b = candidate.version_a, candidate.version_b
+    if version_a is None and version_b is None:
+        version_a = version_b = policy_version
     return PreferencePair(
-        pair_id=f"judged-{index:07d}",
+        pair_id=pair_id,
         prompt=candidate.prompt,
-        chosen=chosen,
-        rejected=rejected,
-        votes=tuple(vote == label.prefers_a for vote in votes),
-        confidence=label.confidence,
-        policy_version=policy_version,
+        chosen=candidate.answer_a,
+        rejected=candidate.answer_b,
+        votes=tuple(map(bool, votes.values() if isinstance(votes, Mapping) else votes)),
+        annotators=tuple(votes) if isinstance(votes, Mapping) else None,
+        policy_version=version_a,
+        rejected_version=None if version_b == version_a else version_b,
+        source=source,
     )
 
 

@@ -1,9 +1,10 @@
-"""One reward worker as a process: models, queue, cache and metrics put together. Made into a Ray actor by the
-composition root, or run by `serve` outside Ray.
+"""One reward worker as a process: models, queue, cache, announcements, people and metrics put together. Made into a Ray
+actor by the composition root, or run by `serve` outside Ray.
 
-Consumes and produces: see worker.py; and scores on request, outside the streams, by `score`. Waits: in `run`, until
-`stop` or the first error. Who unblocks it: see worker.py.
-Always holds: one forward pass at a time in this process, whoever asked for it; its consumer name is its own.
+Consumes and produces: see worker.py, hot_swap.py, review_feed.py; and rewards on request, outside the streams, by
+`score`. Waits: in `run`, until `stop` or the first error. Who unblocks it: see worker.py.
+Always holds: one forward pass at a time in this process, whoever asked for it; its consumer name is its own; what runs
+beside the worker ends with it.
 """
 
 from __future__ import annotations
@@ -20,23 +21,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ScoringError
+from cluster.errors import CodecError, ScoringError
 from cluster.records import PromptTask, Rollout, VersionRun, pack_floats, pack_ids
 from configs.run import RunConfig
 from reward_service.batch_scoring import BatchScoring
 from reward_service.cache import CacheSettings, ScoreCache
 from reward_service.forward_thread import ForwardThread
-from reward_service.scorer import aggregate
-from reward_service.worker import RewardWorker, WorkerSettings
+from reward_service.hot_swap import ModelWatch
+from reward_service.model_loading import ModelLoader
+from reward_service.review_feed import FeedSettings, ReviewFeed
+from reward_service.serving import Rewarding, Serving
+from reward_service.worker import RewardWorker, WorkerSettings, first_leaf
 from reward_service.worker_metrics import ExportedMetrics
 
 if TYPE_CHECKING:
     from cluster.process import Process
-    from reward_service.scorer_transformers import TransformersScorer
+    from cluster.rm_announcement import RewardModelBoard, RmAnnouncement
 
 log = logging.getLogger(__name__)
-
-_LOAD_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,11 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class _Parts:
-    scorer: TransformersScorer
     cache: ScoreCache
+    scoring: BatchScoring
     worker: RewardWorker
+    watch: ModelWatch
+    feed: ReviewFeed | None
 
 
 class RewardActor:
@@ -79,12 +83,15 @@ class RewardActor:
         self._stack = AsyncExitStack()
         self._parts: _Parts | None = None
         self._thread = ForwardThread()
+        self._loader = ModelLoader(spec.config.reward, rm_dir=spec.rm_dir, reference_dir=spec.reference_dir)
+        self._on_request: Serving | None = None
+        """Another version than the one that scores, for `score`; the last that was asked for."""
         self._running = False
         self._stop_asked = False
 
     async def start(self) -> dict[str, Any]:
-        """Load the models and connect. Returns name, pid, boot_s, rm_version, members. Raises ModelError for the models
-        and StreamError for the server."""
+        """Load the models and connect. Returns name, pid, boot_s, rm_version, members. Raises ModelError for the
+        models, ConfigError for other sources and rules, StreamError for the server."""
         from cluster.process import start_process
 
         spec, started_s = self._spec, time.monotonic()
@@ -98,28 +105,29 @@ class RewardActor:
                     log_dir=Path(spec.run_dir) / "logs",
                 )
             )
-            scorer = await self._thread.call(lambda: _load(spec), timeout_s=_LOAD_TIMEOUT_S)
+            rewarding = _rewarding(spec)
+            self._stack.push_async_callback(rewarding.aclose)
+            serving = await self._loader.start(await _announced(process.redis.reward_model))
         except BaseException:
             await self._close()
             raise
-        self._parts = self._assemble(process, scorer)
-        boot_s = round(time.monotonic() - started_s, 2)
+        self._parts = self._assemble(process, serving, rewarding)
         return {
             "name": spec.name,
             "pid": os.getpid(),
-            "boot_s": boot_s,
-            "rm_version": scorer.version,
-            "members": scorer.members,
+            "boot_s": round(time.monotonic() - started_s, 2),
+            "rm_version": serving.version,
+            "members": serving.members,
         }
 
     async def run(self) -> None:
         """Score what the streams bring until `stop`. Raises what ended it otherwise."""
         if self._stop_asked:
             return
-        worker = self._started().worker
+        parts = self._started()
         self._running = True
         try:
-            await worker.run()
+            await self._run(parts)
         except Exception:
             log.exception("reward worker %s failed", self._spec.name)
             raise
@@ -139,45 +147,92 @@ class RewardActor:
         return {
             "name": self._spec.name,
             "running": self._running,
-            "rm_version": parts.scorer.version,
+            "rm_version": parts.scoring.serving.version,
             "in_flight": parts.worker.in_flight,
             **parts.worker.counts,
+            **parts.scoring.counts,
+            **parts.watch.counts,
             "cache": dict(parts.cache.counts),
         }
 
-    async def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """Reward of each (prompt ids, response ids): the mean over members. For evaluation; the cache is not used.
-        Any failure fails the call with ScoringError."""
-        scorer, reward = self._started().scorer, self._spec.config.reward
+    async def score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], version: str | None = None
+    ) -> list[float]:
+        """The reward model's score of each (prompt ids, response ids): the members' aggregate, before other sources and
+        rules. `version`: default the one that scores now. For evaluation; the cache is not used. Any failure fails the
+        call: with ScoringError, or ModelError for a version that is not there."""
+        scoring, reward = self._started().scoring, self._spec.config.reward
+        serving = await self._serving(version)
+        eos_id = serving.scorer.eos_id
         rollouts = [
-            _offline_rollout(f"pair {number}", prompt, response, eos_id=scorer.eos_id)
+            _offline_rollout(f"pair {number}", prompt, response, eos_id=eos_id)
             for number, (prompt, response) in enumerate(pairs)
         ]
-        means: list[float] = []
+        rewards: list[float] = []
         for start in range(0, len(rollouts), reward.batch_size):  # piecewise, so that the queue gets its turns
-            piece = rollouts[start : start + reward.batch_size]
-            scores = await self._thread.call(
-                lambda piece=piece: scorer.member_scores(piece),  # type: ignore[misc]
-                timeout_s=reward.score_timeout_s,
-            )
-            means.extend(aggregate(scores_M)[0] for scores_M in scores)
-        return means
+            rewards += await scoring.model_rewards(rollouts[start : start + reward.batch_size], serving=serving)
+        return rewards
 
-    def _assemble(self, process: Process, scorer: TransformersScorer) -> _Parts:
+    async def _serving(self, version: str | None) -> Serving:
+        now = self._started().scoring.serving
+        if not self._spec.config.reward.needs_model:
+            raise ScoringError("no reward model is asked in this run", do="set reward.sources")
+        if version is None or version == now.version:
+            self._on_request = None
+            return now
+        if self._on_request is None or self._on_request.version != version:
+            self._on_request = None  # let go of before another takes its memory
+            self._on_request = await self._loader.version(version)
+        return self._on_request
+
+    def _assemble(self, process: Process, serving: Serving, rewarding: Rewarding) -> _Parts:
         from cluster.metrics import RewardMetrics
 
-        reward = self._spec.config.reward
+        reward, review = self._spec.config.reward, self._spec.config.review
         metrics = ExportedMetrics(RewardMetrics(process.registry), beat=process.heartbeat.beat)
         cache = ScoreCache(CacheSettings(reward.cache_entries, reward.cache_ttl_s), store=process.redis.scores)
+        feed = None
+        if review.enabled:
+            settings = FeedSettings(audit_fraction=review.audit_fraction, queue_limit=review.queue_limit)
+            feed = ReviewFeed(process.redis.review, settings=settings, metrics=metrics)
         scoring = BatchScoring(
-            scorer, thread=self._thread, cache=cache, metrics=metrics, timeout_s=reward.score_timeout_s
+            serving.scorer,
+            thread=self._thread,
+            cache=cache,
+            metrics=metrics,
+            timeout_s=reward.score_timeout_s,
+            rewarding=rewarding,
+            feed=feed,
         )
-        settings = _worker_settings(self._spec)
-        worker = RewardWorker(process.redis.streams, scoring=scoring, metrics=metrics, settings=settings)
-        return _Parts(scorer, cache, worker)
+        scoring.install(serving)
+        worker = RewardWorker(
+            process.redis.streams, scoring=scoring, metrics=metrics, settings=_worker_settings(self._spec)
+        )
+        watch = ModelWatch(process.redis.reward_model, load=self._loader.version, scoring=scoring, metrics=metrics)
+        return _Parts(cache, scoring, worker, watch, feed)
+
+    async def _run(self, parts: _Parts) -> None:
+        """The worker, and beside it what ends with it. None of that ends by itself; if it does, so does the worker."""
+        beside: list[asyncio.Task[None]] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                if self._spec.config.reward.needs_model:
+                    beside.append(group.create_task(parts.watch.run(), name="model watch"))
+                if parts.feed is not None:
+                    beside.append(group.create_task(parts.feed.run(), name="review feed"))
+                await parts.worker.run()
+                for task in beside:
+                    task.cancel()
+        except BaseExceptionGroup as failures:
+            first = first_leaf(failures)
+            raise first from first.__cause__
+        finally:
+            if parts.feed is not None:
+                await parts.feed.flush()
 
     async def _close(self) -> None:
         self._thread.close()
+        self._loader.close()
         await self._stack.aclose()
 
     def _started(self) -> _Parts:
@@ -219,18 +274,22 @@ async def _serve(spec: RewardSpec) -> None:
         await actor.stop()
 
 
-def _load(spec: RewardSpec) -> TransformersScorer:
-    from reward_service.scorer_transformers import ScorerSettings, TransformersScorer
+def _rewarding(spec: RewardSpec) -> Rewarding:
+    from reward_service.compose import make_composer
+    from reward_service.constitution_file import CONSTITUTION_FILE
 
     reward = spec.config.reward
-    settings = ScorerSettings(
-        batch_size=reward.batch_size,
-        token_budget=reward.token_budget,
-        threads=reward.threads,
-        device="cuda" if reward.gpus_per_worker > 0 else "cpu",
-        dtype=reward.dtype,
-    )
-    return TransformersScorer(spec.rm_dir, reference_dir=spec.reference_dir, settings=settings)
+    if reward.constitution is not None:  # the run's own copy, which every node sees
+        reward = reward.model_copy(update={"constitution": Path(spec.run_dir) / CONSTITUTION_FILE})
+    return Rewarding(reward, composer=make_composer(reward))
+
+
+async def _announced(board: RewardModelBoard) -> RmAnnouncement | None:
+    try:
+        return await board.newest()
+    except CodecError as error:
+        log.error("the announcement of a reward model cannot be read: %s", error)
+        return None
 
 
 def _worker_settings(spec: RewardSpec) -> WorkerSettings:

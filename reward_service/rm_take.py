@@ -1,7 +1,7 @@
 """Reward models trained elsewhere (rm.models), taken as they are: checked against the policy, and copied.
 
-What comes of it is what training gives: a member's directory and a model to measure. Scores are read where training
-here reads them, at the last token of prompt + answer, end-of-sequence token included.
+What comes of it is what training gives: a member's directory. Scores are read where training here reads them, at the
+last token of prompt + answer, end-of-sequence token included.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def take_member(
     policy_dir: Path,
     tokenizer: PreTrainedTokenizerBase,
     max_sequence_tokens: int,
-) -> Any:
-    """Copy the model in `source` to `target`, its weights bit for bit, and give it, on the CPU.
+) -> None:
+    """Copy the model in `source` to `target`, its weights bit for bit, with the policy's tokenizer.
 
     It must read the policy's tokens, and the critic starts from it: raises ModelError for another head than one label,
     another vocabulary, or a context shorter than a prompt and its answer.
@@ -51,8 +51,20 @@ def take_member(
             do="lower data.max_prompt_tokens or data.max_response_tokens, or name another reward model",
         )
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(target)
-    return model.eval()
+    save_member(model, target=target, tokenizer=tokenizer)
+
+
+def save_member(model: Any, *, target: Path, tokenizer: Any) -> None:
+    """A member's directory: weights in their type, the policy's tokenizer. Raises ModelError when the disk refuses."""
+    from safetensors import SafetensorError  # what a full disk raises while weights are written
+
+    try:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"cannot write {target}", got=str(error), do="free some disk space or choose another runs_dir"
+        ) from error
 
 
 def _check_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
 from cluster.errors import ScoringError
 from cluster.records import Float32s, Rollout
+
+NO_MODEL: Final = "none"
+"""Version of a scorer that has no reward model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +24,7 @@ class Scores:
     """What the models say of one rollout. M members, T response tokens."""
 
     member_scores: tuple[float, ...]
-    """[M] raw score of each ensemble member."""
+    """[M] raw score of each ensemble member; empty where there is no reward model."""
     ref_logprobs: Float32s
     """[T] log-probability, in nats, of each response token under the reference policy, at the task's temperature."""
 
@@ -36,9 +39,14 @@ class Scorer(Protocol):
     a rollout it cannot score. Answers do not depend on what else is in the batch."""
 
     version: str
-    """Of the reward-model ensemble."""
+    """Of the reward-model ensemble; NO_MODEL without one, and then every answer has no member scores."""
     reference_id: str
     """Names the reference model's weights."""
+
+    @property
+    def eos_id(self) -> int:
+        """The policy's end-of-sequence token."""
+        ...
 
     def texts(self, batch: Sequence[Rollout]) -> list[tuple[str, str]]:
         """(prompt, answer) as the reward model would read them."""
@@ -75,6 +83,7 @@ class ScriptedScorer:
 
     version: str = "rm-scripted"
     reference_id: str = "ref-scripted"
+    eos_id: int = 2
     members: Callable[[Rollout], tuple[float, ...]] = lambda rollout: (float(len(rollout.response_ids)),)
     poison: set[str] = field(default_factory=set)
     before: Callable[[Sequence[Rollout]], None] = lambda batch: None

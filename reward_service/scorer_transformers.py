@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -26,9 +25,11 @@ from torch import Tensor, nn
 
 from cluster.errors import ModelError, ScoringError
 from cluster.records import Float32s, Rollout
-from cluster.stored_models import Kind, load_stored
+from cluster.reward_models import StoredRm
+from cluster.stored_models import load_stored
 from cluster.text import load_tokenizer
 from reward_service.batcher import forward_groups
+from reward_service.rm_measure import float32_head, load_for_scoring
 from reward_service.scorer import Scores
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ _LOGIT_ELEMENTS: Final = 2**26
 """Most logits at a time: 256 MiB of float32."""
 _PROBE_TOKENS: Final = 5
 _PROBE_TOLERANCE: Final = 1e-3
+NO_MODEL: Final = "none"
+"""Version where no reward model is asked."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +69,42 @@ class _Headed:
 
 
 class TransformersScorer:
-    """`Scorer` over `<rm_dir>/manifest.json` and `<rm_dir>/member_<i>/`, and the model in `reference_dir`.
+    """`Scorer` over one stored reward model and the model in `reference_dir`.
 
     The policy's tokenizer is that of `tokenizer_dir` (default: `reference_dir`). Reward models with another vocabulary
-    get the decoded text encoded with their own tokenizer. Raises ModelError when anything is missing or does not fit.
+    get the decoded text encoded with their own tokenizer. Without a reward model (None) every answer has no member
+    scores. Raises ModelError when anything is missing or does not fit.
     """
 
     def __init__(
-        self, rm_dir: Path, *, reference_dir: Path, settings: ScorerSettings, tokenizer_dir: Path | None = None
+        self,
+        stored: StoredRm | None,
+        *,
+        reference_dir: Path,
+        settings: ScorerSettings,
+        tokenizer_dir: Path | None = None,
     ) -> None:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._settings = settings
         self._device = torch.device(settings.device)
-        self.version, member_dirs = read_manifest(rm_dir)
-        self._members = [self._load(directory, classifier=True) for directory in member_dirs]
+        self._policy_tokenizer: Any = load_tokenizer(tokenizer_dir or reference_dir)
+        self._take(stored)
         self._reference = self._load(reference_dir, classifier=False)
         self.reference_id = weights_id(reference_dir)
-        self._policy_tokenizer: Any = load_tokenizer(tokenizer_dir or reference_dir)
-        self._rm_tokenizer: Any = _other_tokenizer(member_dirs[0], self._policy_tokenizer)
+
+    def with_reward_model(self, stored: StoredRm) -> TransformersScorer:
+        """Another version beside this one, which goes on unchanged; both share the reference model. May run in another
+        thread than `score`. Raises ModelError."""
+        other = copy.copy(self)
+        other._take(stored)
+        return other
+
+    def _take(self, stored: StoredRm | None) -> None:
+        directories = [] if stored is None else stored.member_dirs
+        self.version = NO_MODEL if stored is None else stored.version
+        self._members = [self._load(directory, classifier=True) for directory in directories]
+        self._rm_tokenizer: Any = _other_tokenizer(directories[0], self._policy_tokenizer) if directories else None
 
     @property
     def members(self) -> int:
@@ -109,11 +129,14 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def member_scores(self, batch: Sequence[Rollout]) -> list[tuple[float, ...]]:
+        if not self._members:
+            return [()] * len(batch)
         sequences = [_sequence(rollout) for rollout in batch] if self._rm_tokenizer is None else self._reencode(batch)
         names = [rollout.task.task_id for rollout in batch]
         limit = min(member.max_positions for member in self._members)
         _check_lengths(sequences, names=names, limit=limit, model="the reward model")
-        scores_BM = torch.empty(len(batch), len(self._members))
+        # float32 by name: while another model loads beside this one, Transformers changes torch's default type.
+        scores_BM = torch.empty(len(batch), len(self._members), dtype=torch.float32)
         for group in self._groups(sequences):
             ids_BL, mask_BL, lengths_B = self._padded([sequences[index] for index in group])
             for number, member in enumerate(self._members):
@@ -151,7 +174,8 @@ class TransformersScorer:
         # The state at position p predicts the token at p + 1: response token t is predicted at P + t − 1.
         at_N = torch.cat([torch.arange(p - 1, p - 1 + t) for p, t in zip(prompt_lengths, counts, strict=True)])
         rows_N, at_N = rows_N.to(self._device), at_N.to(self._device)
-        temperatures_N = torch.tensor([rollout.task.temperature for rollout in rollouts], device=self._device)[rows_N]
+        temperatures = [rollout.task.temperature for rollout in rollouts]
+        temperatures_N = torch.tensor(temperatures, dtype=torch.float32, device=self._device)[rows_N]
         values_N = _chosen_logprobs(
             self._reference.head,
             hidden_NH=hidden_BLH[rows_N, at_N],
@@ -188,11 +212,14 @@ class TransformersScorer:
         return sequences
 
     def _load(self, directory: Path, *, classifier: bool) -> _Headed:
-        kind: Kind = "reward model" if classifier else "language model"
-        model = load_stored(directory, kind=kind, dtype=self._settings.dtype)
-        model = model.to(self._device).eval().requires_grad_(False)
-        # A score's head works in float32: in 16 bit, close scores would become equal ones.
-        head = copy.deepcopy(model.score).float() if classifier else model.get_output_embeddings()
+        dtype = self._settings.dtype
+        if classifier:
+            model = load_for_scoring(directory, dtype=dtype, device=self._device)
+            head = float32_head(model)
+        else:
+            model = load_stored(directory, kind="language model", dtype="float32" if dtype == "int8" else dtype)
+            model = model.to(self._device).eval().requires_grad_(False)
+            head = model.get_output_embeddings()
         headed = _Headed(model.base_model, head, int(model.config.get_text_config().max_position_embeddings))
         self._probe(model, headed, directory)
         return headed
@@ -215,29 +242,6 @@ class TransformersScorer:
                 got=f"{directory}: differs by {(actual - wanted).abs().max().item():.3g} from the model's own output",
                 do="use an architecture with a plain linear head, such as Llama, Mistral or Qwen",
             )
-
-
-def read_manifest(rm_dir: Path) -> tuple[str, list[Path]]:
-    """(version, member directories) of a trained reward model. Raises ModelError."""
-    path = rm_dir / "manifest.json"
-    if not path.is_file():
-        raise ModelError("no reward model", got=f"{path} does not exist", do="run the rm stage first: keel rm CONFIG")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, members = str(manifest["version"]), int(manifest["members"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            "damaged reward model manifest", got=f"{path}: {error!r}", do="train the reward model again: keel rm CONFIG"
-        ) from error
-    directories = [rm_dir / f"member_{number}" for number in range(members)]
-    missing = [directory.name for directory in directories if not directory.is_dir()]
-    if missing or not directories:
-        raise ModelError(
-            "incomplete reward model",
-            got=f"{path} names {members} members, missing: {', '.join(missing) or 'all'}",
-            do="train the reward model again: keel rm CONFIG",
-        )
-    return version, directories
 
 
 def weights_id(directory: Path) -> str:

@@ -1,19 +1,21 @@
 """The queue worker of the reward service: rollouts in, scored rollouts out. It knows no Redis, no Ray and no torch.
 
-Consumes: stream ROLLOUTS. Produces: stream SCORED; DEAD for what cannot be scored. Both by `advance`, so a result is
-published once however often a rollout was handed out.
+Consumes: stream ROLLOUTS. Produces: stream SCORED; DEAD for what cannot be scored, or is refused as too uncertain. Both
+by hops, so a result is published once however often a rollout was handed out.
 
 Five tasks, one `TaskGroup`:
     claim   waits for entries, or for room (at most `2 × batch_size` are held). Unblocked by: publishers; commit.
-    score   waits for a due batch, then for its forward pass. Unblocked by: claim or the batch deadline; the forward
-            thread or its time limit. Claims and commits go on meanwhile.
-    commit  waits for outcomes, then for the server. Unblocked by: score; the server or the end of the outage limit.
+    score   waits for a due batch, then for its forward pass. Unblocked by: claim, the batch deadline or the end of a
+            pause; the forward thread or its time limit. Claims and commits go on meanwhile.
+    commit  waits for outcomes, then for the server: one round trip a batch. Unblocked by: score; the server or the end
+            of the outage limit.
     renew   waits a third of a lease. Renews the leases of everything held.
     grace   waits for stop(), then for the end of the work, at most `grace_s`.
 
-Always holds: every entry held is in exactly one of batcher, suspects, forward pass, outcomes; one forward pass at a
-time; a failure is never a number. A rollout that fails is let go, to be handed out again when its lease ends; after
-`max_deliveries` it is dead-lettered with the reason. What was handed out before is scored alone, so that a rollout that
+Always holds: every entry held is in exactly one of batcher, suspects, forward pass, paused, outcomes; one forward pass
+at a time; a failure is never a number. A rollout that fails is let go, to be handed out again when its lease ends;
+after `max_deliveries` it is dead-lettered with the reason. One whose reward source is away is kept and tried again; it
+fails when the source stays away for `outage_s`. What was handed out before is scored alone, so that a rollout that
 takes its worker down does so without company. The first task to fail ends run() with its error; none outlives it.
 """
 
@@ -26,15 +28,18 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from cluster.errors import CodecError, ScoringError, StreamError
-from cluster.records import DeadLetter, Rollout, ScoredRollout, decode, encode
+from cluster.records import DeadLetter, Rollout, ScoredRollout, decode
 from cluster.streams import Delivery, StreamName, Streams
 from reward_service.batch_scoring import BatchScoring, CacheUpdate
 from reward_service.batcher import Batcher, BatchLimits
 from reward_service.forward_thread import StuckError
+from reward_service.outcomes import Held, Outcomes, Step, round_trips
+from reward_service.reward_sources import SourceDownError
+from reward_service.serving import Outcome
 from reward_service.worker_metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
@@ -43,15 +48,17 @@ R = TypeVar("R")
 
 _FAILURES_IN_A_ROW: Final = 16
 """So many single rollouts failing with no success between: the scorer is broken, not the rollouts."""
-_COMMITS_AT_A_TIME: Final = 16
 _BACKOFF_S: Final = (0.1, 5.0)
 _IDLE_S: Final = 2.0
+_SOURCE_PAUSE_S: Final = 1.0
+"""Until rollouts whose reward source is away are tried again; when it is asked again is the source's own affair."""
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
     """consumer: unique among living workers. lease_s: as the streams have it. outage_s: how long one call to the server
-    is tried again before run() ends with its error. The rest: configs.run.RewardSection."""
+    is tried again before run() ends with its error, and how long rollouts wait for a reward source that is away. The
+    rest: configs.run.RewardSection."""
 
     consumer: str
     batch_size: int = 64
@@ -66,29 +73,10 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class WorkerTime:
-    """Time as the worker sees it when it backs off from a failing server; tests replace it."""
+    """Time as the worker sees it when the server or a reward source is away; tests replace it."""
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-
-
-@dataclass(frozen=True)
-class _Held:
-    entry_id: str
-    rollout: Rollout
-    deliveries: int
-
-    @property
-    def tokens(self) -> int:
-        return len(self.rollout.task.prompt_ids) + len(self.rollout.response_ids)
-
-
-@dataclass(frozen=True)
-class _Outcomes:
-    """Records to put in the place of held entries, and what to remember afterwards."""
-
-    records: list[tuple[_Held, ScoredRollout | DeadLetter]]
-    learned: CacheUpdate = field(default_factory=dict)
 
 
 class _GraceOver(Exception):
@@ -112,12 +100,14 @@ class RewardWorker:
         self._metrics = metrics
         self._settings = settings
         self._time = time or WorkerTime()
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         limits = BatchLimits(settings.batch_size, settings.token_budget, settings.batch_wait_s)
-        self._batcher: Batcher[_Held] = Batcher(limits)
-        self._suspects: deque[_Held] = deque()
-        self._outcomes: asyncio.Queue[_Outcomes | None] = asyncio.Queue(maxsize=2)
+        self._batcher: Batcher[Held] = Batcher(limits)
+        self._suspects: deque[Held] = deque()
+        self._outcomes: asyncio.Queue[Outcomes | None] = asyncio.Queue(maxsize=2)
         self._failures_in_a_row = 0
+        self._paused: dict[str, Held] = {}
+        self._source_away_since_s: float | None = None
         self._claiming = True
         self._arrived = asyncio.Event()
         self._freed = asyncio.Event()
@@ -125,7 +115,7 @@ class RewardWorker:
         self._drained = asyncio.Event()
         self._ended = asyncio.Event()
         self.counts: Counter[str] = Counter()
-        """scored, dead, duplicates, failures, redelivered, poison, stream_errors: since start."""
+        """scored, dead, rejected, duplicates, failures, paused, redelivered, poison, stream_errors: since start."""
 
     @property
     def in_flight(self) -> int:
@@ -172,8 +162,7 @@ class RewardWorker:
                 wait_s=settings.claim_wait_s,
             )
             deliveries = await self._persistently(claim)
-            for delivery in deliveries:
-                await self._take_in(delivery)
+            await self._take_in(deliveries)
         self._claiming = False
         self._arrived.set()
 
@@ -195,14 +184,14 @@ class RewardWorker:
             due_s = self._batcher.due_in_s()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), _IDLE_S if due_s is None else min(due_s, _IDLE_S))
+        while self._paused:
+            self._let_go(self._paused.popitem()[1])
         await self._outcomes.put(None)
 
     async def _commit(self) -> None:
-        limit = asyncio.Semaphore(_COMMITS_AT_A_TIME)
         while (outcomes := await self._outcomes.get()) is not None:
-            async with asyncio.TaskGroup() as group:
-                for held, record in outcomes.records:
-                    group.create_task(self._publish(held, record, limit=limit))
+            for steps in round_trips(outcomes.records):
+                await self._publish(steps)
             await self._scoring.remember(outcomes.learned)
         self._drained.set()
 
@@ -227,33 +216,45 @@ class RewardWorker:
 
     # ---------------------------------------------------------------- steps
 
-    async def _take_in(self, delivery: Delivery) -> None:
-        """Hold a delivery and queue it for scoring, unless it is damaged or has been handed out too often."""
-        if delivery.entry_id in self._held:
-            return  # our own lease ran out before we renewed it; the work goes on
-        if delivery.deliveries > 1:
-            self._count("redelivered")
-        try:
-            rollout = decode(delivery.payload, Rollout)
-        except CodecError as error:
-            log.error("entry %s of the rollouts stream is discarded: %s", delivery.entry_id, error)
-            self._count("poison")
-            await self._persistently(lambda: self._streams.settle(StreamName.ROLLOUTS, [delivery.entry_id]))
-            return
-        held = _Held(delivery.entry_id, rollout, delivery.deliveries)
-        self._held[held.entry_id] = held
-        if held.deliveries > self._settings.max_deliveries:
+    async def _take_in(self, deliveries: Sequence[Delivery]) -> None:
+        """Hold deliveries and queue them for scoring, but for those that are damaged or were handed out too often."""
+        poison: list[str] = []
+        worn: list[Held] = []
+        for delivery in deliveries:
+            if delivery.entry_id in self._held:
+                continue  # our own lease ran out before we renewed it; the work goes on
+            if delivery.deliveries > 1:
+                self._count("redelivered")
+            try:
+                rollout = decode(delivery.payload, Rollout)
+            except CodecError as error:
+                log.error("entry %s of the rollouts stream is discarded: %s", delivery.entry_id, error)
+                self._count("poison")
+                poison.append(delivery.entry_id)
+                continue
+            held = Held(delivery.entry_id, rollout, delivery.deliveries)
+            self._held[held.entry_id] = held
+            if held.deliveries > self._settings.max_deliveries:
+                worn.append(held)
+            else:
+                self._queue(held)
+        self._arrived.set()
+        if poison:
+            await self._persistently(lambda: self._streams.settle(StreamName.ROLLOUTS, poison))
+        for held in worn:
             await self._bury(held, "no worker that was handed it came back with a result")
-        elif held.deliveries > 1:
+
+    def _queue(self, held: Held) -> None:
+        if held.deliveries > 1:
             self._suspects.append(held)
         else:
             self._batcher.add(held, tokens=held.tokens)
-        self._arrived.set()
 
-    async def _score_batch(self, batch: Sequence[_Held]) -> None:
-        """Outcomes for a batch; where it fails, rollout by rollout, so that one does not take the others with it."""
+    async def _score_batch(self, batch: Sequence[Held]) -> None:
+        """Outcomes for a batch; where it fails, rollout by rollout, so that one does not take the others with it. The
+        scoring may also name the rollouts that failed; then the others need no second pass."""
         try:
-            scored, learned = await self._scoring.score([held.rollout for held in batch])
+            results, learned = await self._scoring.score([held.rollout for held in batch])
         except StuckError:
             raise
         except Exception as error:
@@ -264,10 +265,46 @@ class RewardWorker:
             for held in batch:
                 await self._score_batch([held])
             return
-        self._failures_in_a_row = 0
-        await self._outcomes.put(_Outcomes(list(zip(batch, scored, strict=True)), learned))
+        await self._sort_out(list(zip(batch, results, strict=True)), learned)
 
-    async def _fail(self, held: _Held, error: Exception) -> None:
+    async def _sort_out(self, results: Sequence[tuple[Held, Outcome]], learned: CacheUpdate) -> None:
+        """Commit what is settled, keep what waits for a reward source, fail the rest."""
+        away = [(held, result) for held, result in results if isinstance(result, SourceDownError)]
+        settled = [(held, result) for held, result in results if not isinstance(result, ScoringError)]
+        await self._outcomes.put(Outcomes(settled, learned))
+        if any(isinstance(record, ScoredRollout) for _, record in settled):
+            self._failures_in_a_row = 0
+            self._source_away_since_s = None
+        if away:
+            await self._keep(away)
+        for held, result in results:
+            if isinstance(result, ScoringError) and not isinstance(result, SourceDownError):
+                await self._fail(held, result)
+
+    async def _keep(self, away: Sequence[tuple[Held, SourceDownError]]) -> None:
+        """Try rollouts again after a pause, because it is not their fault that a source is away; meanwhile they take up
+        room, so that not much is claimed. Past `outage_s` they fail."""
+        now_s = self._time.now()
+        if self._source_away_since_s is None:
+            self._source_away_since_s = now_s
+        if now_s - self._source_away_since_s >= self._settings.outage_s:
+            for held, error in away:
+                self._count("failures")
+                await self._give_up(held, error)
+            return
+        log.warning("%d rollouts wait for a reward source: %s", len(away), away[0][1])
+        for held, _ in away:
+            self._count("paused")
+            self._paused[held.entry_id] = held
+        asyncio.get_running_loop().call_later(_SOURCE_PAUSE_S, self._resume, [held for held, _ in away])
+
+    def _resume(self, due: Sequence[Held]) -> None:
+        for held in due:
+            if self._paused.pop(held.entry_id, None) is not None:
+                self._queue(held)
+        self._arrived.set()
+
+    async def _fail(self, held: Held, error: Exception) -> None:
         """One rollout could not be scored: let it go, or bury it at its last delivery."""
         self._count("failures")
         task_id = held.rollout.task.task_id
@@ -277,29 +314,29 @@ class RewardWorker:
             raise ScoringError(
                 "the scorer fails on every rollout",
                 got=f"{self._failures_in_a_row} failures in a row, the last on task {task_id}: {error!r}",
-                do="check the reward model and the reference model against the rollouts",
+                do="check the reward model, the reference model and other reward sources against the rollouts",
             ) from error
+        await self._give_up(held, error)
+
+    async def _give_up(self, held: Held, error: Exception) -> None:
+        """Until its next delivery, or for good."""
         if held.deliveries >= self._settings.max_deliveries:
             await self._bury(held, f"{type(error).__name__}: {error}")
         else:
             self._let_go(held)
 
-    async def _bury(self, held: _Held, reason: str) -> None:
+    async def _bury(self, held: Held, reason: str) -> None:
         letter = DeadLetter(task=held.rollout.task, stage="reward", reason=reason, deliveries=held.deliveries)
-        await self._outcomes.put(_Outcomes([(held, letter)]))
+        await self._outcomes.put(Outcomes([(held, letter)]))
 
-    async def _publish(self, held: _Held, record: ScoredRollout | DeadLetter, *, limit: asyncio.Semaphore) -> None:
-        is_dead = isinstance(record, DeadLetter)
-        target = StreamName.DEAD if is_dead else StreamName.SCORED
-        payload = encode(record)
-        async with limit:
-            ours = await self._persistently(
-                lambda: self._streams.advance(StreamName.ROLLOUTS, held.entry_id, target=target, payload=payload)
-            )
-        self._let_go(held)
-        self._count("duplicates" if not ours else "dead" if is_dead else "scored")
+    async def _publish(self, steps: Sequence[Step]) -> None:
+        hops = [step.hop for step in steps]
+        moved = await self._persistently(lambda: self._streams.advance_many(StreamName.ROLLOUTS, hops))
+        for step, ours in zip(steps, moved, strict=True):
+            self._let_go(step.held)
+            self._count(step.counts_as if ours else "duplicates")
 
-    def _let_go(self, held: _Held) -> None:
+    def _let_go(self, held: Held) -> None:
         del self._held[held.entry_id]
         self._freed.set()
 

@@ -13,7 +13,8 @@ class WorkerMetrics(Protocol):
     """All calls are cheap and never raise."""
 
     def count(self, what: str) -> None:
-        """One more of: scored, dead, duplicates, failures, redelivered, poison, stream_errors."""
+        """One more of: scored, dead, rejected, down_weighted, duplicates, failures, redelivered, poison, stream_errors,
+        swaps, swap_failures, review_taken, review_left_out."""
         ...
 
     def cache_lookup(self, layer: str | None) -> None:
@@ -22,6 +23,10 @@ class WorkerMetrics(Protocol):
 
     def forward(self, *, rollouts: int, tokens: int, seconds: float) -> None:
         """A forward pass over so many rollouts with so many tokens (without padding) took so long."""
+        ...
+
+    def model(self, version: str) -> None:
+        """From now on this version of the reward model scores."""
         ...
 
     def progress(self) -> None:
@@ -41,6 +46,9 @@ class NoMetrics:
     def forward(self, *, rollouts: int, tokens: int, seconds: float) -> None:
         pass
 
+    def model(self, version: str) -> None:
+        pass
+
     def progress(self) -> None:
         pass
 
@@ -58,6 +66,12 @@ class ExportedMetrics:
             "failures": exported.failures,
             "poison": exported.failures,
             "redelivered": exported.redeliveries,
+            "rejected": exported.rejected,
+            "down_weighted": exported.down_weighted,
+            "swaps": exported.swaps,
+            "swap_failures": exported.swap_failures,
+            "review_taken": exported.review_taken,
+            "review_left_out": exported.review_left_out,
         }
         self._lookups = {
             "process": exported.memory_cache_hits,
@@ -77,6 +91,9 @@ class ExportedMetrics:
         self._exported.batch_size.observe(rollouts)
         self._exported.tokens.inc(tokens)
         self._exported.score_seconds.observe(seconds)
+
+    def model(self, version: str) -> None:
+        self._exported.model.info({"version": version})
 
     def progress(self) -> None:
         self._beat()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from cluster.data import fit_data, prepare_data
 from cluster.records import PromptTask, Rollout, ScoredRollout, VersionRun, pack_floats, pack_ids
+from cluster.reward_models import Calibration, RewardModels, RmManifest
 from cluster.text import load_tokenizer
 from configs.load import load_config
 from configs.run import RunConfig
@@ -42,9 +42,11 @@ def prepare_run(runs_dir: Path, *overrides: str) -> RunConfig:
 def write_reward_model(run_dir: Path, *, version: str) -> None:
     torch.manual_seed(0)
     shape = AutoConfig.from_pretrained(run_dir / "sft" / "model", num_labels=1)
-    AutoModelForSequenceClassification.from_config(shape).save_pretrained(run_dir / "rm" / "member_0")
-    manifest = {"version": version, "calibration": {"mean": 0.1, "std": 0.5, "count": 100}}
-    (run_dir / "rm" / "manifest.json").write_text(json.dumps(manifest))
+    models = RewardModels(run_dir / "rm")
+    with models.draft() as draft:
+        AutoModelForSequenceClassification.from_config(shape).save_pretrained(draft / "member_0")
+        calibration = Calibration(mean=0.1, std=0.5, count=100)
+        models.publish(draft, RmManifest(version=version, members=1, calibration=calibration))
 
 
 def random_rollouts(*, seed: int, count: int = 8) -> list[ScoredRollout]:

@@ -45,12 +45,15 @@ PANEL: Final = (
 )
 
 
-def judge(prompt: str | list[dict[str, str]], answer_a: str, answer_b: str, rng: random.Random) -> list[bool]:
-    """Five votes, True where that annotator prefers `answer_a`. The order of draws is the order of the panel."""
-    votes = []
-    for annotator in PANEL:
+def judge(prompt: str | list[dict[str, str]], answer_a: str, answer_b: str, rng: random.Random) -> dict[str, bool]:
+    """Five votes by annotator, True where that one prefers `answer_a`. The order of draws is the order of the panel.
+
+    The ids are neutral: nothing but the votes says who is biased.
+    """
+    votes: dict[str, bool] = {}
+    for number, annotator in enumerate(PANEL, start=1):
         margin = SHARPNESS * (annotator.utility(prompt, answer_a) - annotator.utility(prompt, answer_b))
-        votes.append(rng.random() < _sigmoid(margin))
+        votes[f"annotator_{number}"] = rng.random() < _sigmoid(margin)
     return votes
 
 

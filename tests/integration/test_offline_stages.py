@@ -14,13 +14,15 @@ import torch
 from cluster.data import fit_data, prepare_data
 from cluster.data_records import PREFERENCES_FILE, PreferencePair, SftExample, data_dir, read_rows, write_rows
 from cluster.errors import DataError, ModelError, NonFiniteError
+from cluster.reward_models import RewardModels
 from cluster.text import check_vocabulary, encode_answer, encode_prompt, load_tokenizer
 from configs.run import RunConfig
 from examples.support_desk.annotators import judge
 from learner.model_init import make_model
 from learner.sft import encode_examples, run_sft
 from reward_service.preferences import Candidate, collect_pairs
-from reward_service.rm_train import run_rm, score_sequences
+from reward_service.rm_measure import score_sequences
+from reward_service.rm_train import run_rm
 
 
 def tiny_config(**sections: Any) -> RunConfig:
@@ -40,7 +42,7 @@ def tiny_config(**sections: Any) -> RunConfig:
                 }
             },
             "sft": {"epochs": 1, "threads": 1},
-            "rm": {"epochs": 1, "members": 2, "batch_size": 16, "threads": 1},
+            "rm": {"epochs": 1, "members": 2, "batch_size": 16, "threads": 1, "held_out_annotators": 0},
             **sections,
         }
     )
@@ -122,18 +124,24 @@ def test_sft_is_reproducible(finished: tuple[Path, list[dict[str, Any]]], tmp_pa
 
 def test_rm_manifest(finished: tuple[Path, list[dict[str, Any]]]) -> None:
     run_dir, events = finished
-    manifest = json.loads((run_dir / "rm" / "manifest.json").read_text())
-    assert manifest["version"].startswith("rm-")
-    assert len(manifest["version"]) == 15
-    assert manifest["members"] == 2
-    assert manifest["accuracy_low"] <= manifest["accuracy"] <= manifest["accuracy_high"]
+    stored = RewardModels(run_dir / "rm").current()
+    manifest = stored.manifest
+    assert manifest.version.startswith("rm-")
+    assert len(manifest.version) == 15
+    assert (manifest.members, manifest.number, manifest.parent) == (2, 1, None)
+    assert manifest.accuracy_low <= manifest.accuracy <= manifest.accuracy_high  # type: ignore[operator]
     pairs = len(read_rows(data_dir(run_dir) / PREFERENCES_FILE, PreferencePair))
-    assert manifest["pairs_train"] + manifest["pairs_held_out"] == pairs
-    assert manifest["calibration"]["count"] == 2 * pairs
-    assert manifest["calibration"]["std"] > 0
+    assert manifest.pairs_train + manifest.pairs_held_out == pairs
+    assert manifest.calibration is not None
+    assert manifest.calibration.count == 2 * pairs
+    assert manifest.calibration.std > 0
+    assert len(manifest.spread_percentiles) == 101
+    assert list(manifest.spread_percentiles) == sorted(manifest.spread_percentiles)
+    assert manifest.spread_percentiles[100] > 0
     assert {event["member"] for event in events if event["stage"] == "rm" and "member" in event} == {0, 1}
-    members = [(run_dir / "rm" / f"member_{i}" / "model.safetensors").read_bytes() for i in (0, 1)]
+    members = [(directory / "model.safetensors").read_bytes() for directory in stored.member_dirs]
     assert members[0] != members[1]
+    assert not [*(run_dir / "rm").glob("draft.*")]
 
 
 def test_rm_scores_at_the_last_token(finished: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -141,8 +149,9 @@ def test_rm_scores_at_the_last_token(finished: tuple[Path, list[dict[str, Any]]]
     from transformers import AutoModelForSequenceClassification
 
     run_dir, _ = finished
-    member = AutoModelForSequenceClassification.from_pretrained(run_dir / "rm" / "member_0").eval()
-    tokenizer = load_tokenizer(run_dir / "rm" / "member_0")
+    directory = RewardModels(run_dir / "rm").current().member_dirs[0]
+    member = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    tokenizer = load_tokenizer(directory)
     sequences: list[list[int]] = []
     for row in read_rows(data_dir(run_dir) / "sft.jsonl", SftExample)[:8]:
         prompt = encode_prompt(tokenizer, row.prompt, max_tokens=16)
@@ -157,8 +166,16 @@ def test_weak_reward_model_is_refused_but_kept(finished: tuple[Path, list[dict[s
     config = prepared(tmp_path, tiny_config(rm={"epochs": 0.1, "min_accuracy": 1.0, "threads": 1}))
     with pytest.raises(ModelError, match="too weak"):
         run_rm(config, tmp_path, lambda _: None)
-    assert not (tmp_path / "rm").exists()
-    assert (tmp_path / "rm.rejected" / "manifest.json").is_file()
+    models = RewardModels(tmp_path / "rm")
+    assert not models.exists()
+    assert models.versions() == []
+    (refused,) = (tmp_path / "rm" / "refused").iterdir()
+    assert (refused / "manifest.json").is_file()
+    told_otherwise = tiny_config(rm={"epochs": 0.1, "min_accuracy": 1.0, "threads": 1, "accept_red": True})
+    stored = run_rm(told_otherwise, tmp_path, lambda _: None)
+    assert stored is not None
+    assert (stored.version, stored.manifest.verdict) == (refused.name, "red")
+    assert models.current().version == refused.name
 
 
 def test_non_finite_loss_stops_sft_and_leaves_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.reward_models import RewardModels
 from tests.integration.runs import KEEL, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -34,9 +35,9 @@ def test_human_preferences_go_through_every_stage_and_are_all_accounted_for(tmp_
     for table in tables.values():
         assert table["read"] == table["used"] + table["held_out"] + sum(table["rejected"].values())
     assert pairs["truncated"] > 0, "real dialogues are longer than this model's context"
-    manifest = json.loads((run / "rm" / "manifest.json").read_text())
-    assert manifest["accuracy_low"] <= manifest["accuracy"] <= manifest["accuracy_high"]
-    assert 0.0 <= manifest["length_only_accuracy"] <= 1.0
+    manifest = RewardModels(run / "rm").current().manifest
+    assert manifest.accuracy_low <= manifest.accuracy <= manifest.accuracy_high  # type: ignore[operator]
+    assert 0.0 <= manifest.length_only_accuracy <= 1.0  # type: ignore[operator]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["versions"] == 3
     assert summary["gold_final"] is None

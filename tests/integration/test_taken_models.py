@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import ModelError, NonFiniteError
+from cluster.reward_models import RewardModels, RmManifest, StoredRm
 from cluster.stored_models import stored_dtype
 from configs.run import RunConfig
 from learner.sft import run_sft
@@ -37,9 +38,19 @@ def make_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+def first_version(run_dir: Path) -> StoredRm:
+    return RewardModels(run_dir / "rm").current()
+
+
+def run(config: RunConfig, run_dir: Path) -> RmManifest:
+    stored = run_rm(config, run_dir, nothing)
+    assert stored is not None
+    return stored.manifest
+
+
 def taking(trained: Path, *, models: list[Path] | None = None, **rm: Any) -> RunConfig:
     """A run that starts from what the other one made."""
-    paths = [str(trained / "rm" / f"member_{number}") for number in (0, 1)] if models is None else models
+    paths = list(map(str, first_version(trained).member_dirs)) if models is None else models
     return tiny_config(
         model={"kind": "pretrained", "path": str(trained / "sft" / "model")},
         sft={"epochs": 0},
@@ -124,19 +135,21 @@ def test_the_widest_stored_type_is_found(trained: Path, tmp_path: Path) -> None:
 
 def test_reward_models_taken_as_they_are_measure_the_same(trained: Path, tmp_path: Path) -> None:
     second_run(trained, tmp_path)
-    manifest = run_rm(taking(trained), tmp_path, nothing)
-    first = json.loads((trained / "rm" / "manifest.json").read_text())
+    manifest = run(taking(trained), tmp_path)
+    first = first_version(trained).manifest
     assert (manifest.members, manifest.pairs_train, len(manifest.taken_from)) == (2, 0, 2)
-    assert manifest.accuracy == first["accuracy"]
-    assert list(manifest.member_accuracies) == first["member_accuracies"]
-    assert manifest.pairs_held_out == first["pairs_held_out"]
-    assert manifest.calibration.mean == pytest.approx(first["calibration"]["mean"], abs=1e-6)
-    assert manifest.calibration.std == pytest.approx(first["calibration"]["std"], rel=1e-5)
-    assert manifest.version == first["version"]  # it follows from the weights' bytes
-    for number in (0, 1):
-        before = load_file(trained / f"rm/member_{number}/model.safetensors")
-        after = load_file(tmp_path / f"rm/member_{number}/model.safetensors")
-        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert manifest.accuracy == first.accuracy
+    assert manifest.member_accuracies == first.member_accuracies
+    assert manifest.pairs_held_out == first.pairs_held_out
+    assert manifest.calibration is not None
+    assert first.calibration is not None
+    assert manifest.calibration.mean == pytest.approx(first.calibration.mean, abs=1e-6)
+    assert manifest.calibration.std == pytest.approx(first.calibration.std, rel=1e-5)
+    assert manifest.version == first.version  # it follows from the weights' bytes
+    for before, after in zip(first_version(trained).member_dirs, first_version(tmp_path).member_dirs, strict=True):
+        weights = load_file(after / "model.safetensors")
+        for name, tensor in load_file(before / "model.safetensors").items():
+            assert torch.equal(weights[name], tensor), name
 
 
 def test_they_serve_and_start_a_critic(trained: Path, tmp_path: Path) -> None:
@@ -144,32 +157,34 @@ def test_they_serve_and_start_a_critic(trained: Path, tmp_path: Path) -> None:
     from reward_service.scorer_transformers import ScorerSettings, TransformersScorer
 
     second_run(trained, tmp_path)
-    manifest = run_rm(taking(trained, models=[trained / "rm" / "member_1"]), tmp_path, nothing)
-    scorer = TransformersScorer(tmp_path / "rm", reference_dir=tmp_path / "sft" / "model", settings=ScorerSettings())
-    assert (scorer.members, scorer.version) == (1, manifest.version)
-    Critic.load(tmp_path / "rm" / "member_0", mean=0.0, std=1.0, vocab_size=len(scorer._policy_tokenizer))
+    run(taking(trained, models=first_version(trained).member_dirs[1:]), tmp_path)
+    stored = first_version(tmp_path)
+    scorer = TransformersScorer(stored, reference_dir=tmp_path / "sft" / "model", settings=ScorerSettings())
+    assert (scorer.members, scorer.version) == (1, stored.version)
+    Critic.load(stored.member_dirs[0], mean=0.0, std=1.0, vocab_size=len(scorer._policy_tokenizer))
 
 
 def test_in_bfloat16_the_figures_are_nearly_the_same(trained: Path, tmp_path: Path) -> None:
     second_run(trained, tmp_path)
     config = taking(trained)
     served = config.model_copy(update={"reward": config.reward.model_copy(update={"dtype": "bfloat16"})})
-    manifest = run_rm(served, tmp_path, nothing)
-    first = json.loads((trained / "rm" / "manifest.json").read_text())
-    assert manifest.accuracy == pytest.approx(first["accuracy"], abs=0.1)
-    assert manifest.calibration.std == pytest.approx(first["calibration"]["std"], rel=0.05)
-    assert manifest.version == first["version"]  # what is stored keeps its type
+    manifest, first = run(served, tmp_path), first_version(trained).manifest
+    assert manifest.accuracy == pytest.approx(first.accuracy, abs=0.1)
+    assert manifest.calibration is not None
+    assert first.calibration is not None
+    assert manifest.calibration.std == pytest.approx(first.calibration.std, rel=0.05)
+    assert manifest.version == first.version  # what is stored keeps its type
 
 
 def test_a_weak_reward_model_is_refused_all_the_same(trained: Path, tmp_path: Path) -> None:
     second_run(trained, tmp_path)
     upside_down = changed(
-        trained / "rm" / "member_0", tmp_path / "bad",
+        first_version(trained).member_dirs[0], tmp_path / "bad",
         lambda weights: weights | {"score.weight": torch.zeros_like(weights["score.weight"])},
     )  # fmt: skip
     with pytest.raises(ModelError, match="too weak"):
         run_rm(taking(trained, models=[upside_down], min_accuracy=0.99), tmp_path, nothing)
-    assert not (tmp_path / "rm").exists()
+    assert not RewardModels(tmp_path / "rm").exists()
 
 
 def _two_labels(weights: Weights) -> Weights:
@@ -183,7 +198,7 @@ def _cut_embedding(weights: Weights) -> Weights:
 
 def test_what_does_not_fit_the_policy_is_refused(trained: Path, tmp_path: Path) -> None:
     second_run(trained, tmp_path)
-    member = trained / "rm" / "member_0"
+    member = first_version(trained).member_dirs[0]
     rows = load_file(member / "model.safetensors")["model.embed_tokens.weight"].shape[0]
     labels = changed(member, tmp_path / "labels", _two_labels, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
     small = changed(member, tmp_path / "small", _cut_embedding, vocab_size=rows - 3)
@@ -205,13 +220,13 @@ def test_what_does_not_fit_the_policy_is_refused(trained: Path, tmp_path: Path) 
     for path, match in refused.items():
         with pytest.raises(ModelError, match=match):
             run_rm(taking(trained, models=[path]), tmp_path, nothing)
-        assert not (tmp_path / "rm").exists()
+        assert not RewardModels(tmp_path / "rm").exists()
 
 
 def test_a_reward_model_without_a_tokenizer_is_believed(trained: Path, tmp_path: Path) -> None:
     second_run(trained, tmp_path)
-    bare = changed(trained / "rm" / "member_0", tmp_path / "bare", dict)
+    bare = changed(first_version(trained).member_dirs[0], tmp_path / "bare", dict)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (bare / name).unlink()
     run_rm(taking(trained, models=[bare]), tmp_path, nothing)
-    assert (tmp_path / "rm" / "member_0" / "tokenizer.json").is_file()
+    assert (first_version(tmp_path).member_dirs[0] / "tokenizer.json").is_file()

@@ -35,7 +35,7 @@ from cluster.footprint import (
 from configs.load import load_config
 from configs.run import LoraSection, NewModel, PretrainedModel, RunConfig
 from learner import head
-from reward_service import rm_train
+from reward_service import rm_measure
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -250,4 +250,4 @@ def test_reward_weights_are_in_their_type(big: tuple[Architecture, RunConfig]) -
 
 
 def test_measured_batches_are_the_stages() -> None:
-    assert rm_train.SCORING_BATCH == footprint.MEASURED_ROWS
+    assert rm_measure.SCORING_BATCH == footprint.MEASURED_ROWS

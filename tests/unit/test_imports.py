@@ -34,14 +34,19 @@ HEAVY: dict[str, frozenset[str]] = {
         }
     ),
     "redis": frozenset({"cluster/redis_client.py", "cluster/streams_redis.py"}),
-    "trl": frozenset({"learner/sft.py", "reward_service/rm_train.py"}),
+    "trl": frozenset({"learner/sft.py", "learner/dpo.py", "reward_service/rm_fit.py"}),
     "fastapi": frozenset({"reward_service/review_page.py"}),
     "peft": frozenset({"learner/lora.py"}),
-    "matplotlib": frozenset({"keel/plots.py"}),
+    "matplotlib": frozenset({"keel/plots.py", "keel/audit_plots.py", "reward_service/card_plots.py"}),
+    "sklearn": frozenset({"reward_service/audit_leakage.py", "reward_service/rebalance.py"}),
 }
 """Library → the files that may import it."""
 CONFIGS_MAY_IMPORT = frozenset({"pydantic", "yaml"})
-DECISION_MODULES = ("reward_service/batcher.py", "reward_service/preferences.py")
+_DECISIONS = (
+    "batcher", "preferences", "annotations", "agreement", "annotator_bias", "rebalance", "cues", "audit", "probes",
+    "aggregate", "refresh_triggers",
+)  # fmt: skip
+DECISION_MODULES = tuple(f"reward_service/{name}.py" for name in _DECISIONS)
 """Pure decisions: no ray, no redis, no torch."""
 
 

@@ -46,7 +46,7 @@ async def test_a_resumed_learner_is_the_same_and_goes_on_the_same(config: RunCon
     assert (second.step, second.version) == (2, 2)
     assert second.kl == first.kl
     assert second.kl.beta != config.learner.kl.beta_init  # type: ignore[union-attr]
-    assert second.normaliser == first.normaliser
+    assert second.scores.to_state() == first.scores.to_state()
     assert second.deck.position == first.deck.position > 0
     assert second.intake.ledger.counts.issued == first.intake.ledger.counts.issued
     assert second.intake.ledger.outstanding == first.intake.ledger.outstanding
@@ -79,9 +79,11 @@ def test_a_checkpoint_of_another_reward_model_is_refused(config: RunConfig) -> N
     state = build(config)
     step(state, seed=9)
     state.save()
+    versions = config.run_dir / "rm" / "versions"
+    (versions / "rm-1").rename(versions / "rm-9")
     write_reward_model(config.run_dir, version="rm-2")
     try:
         with pytest.raises(CheckpointError, match="another reward model"):
             build(config)
     finally:
-        write_reward_model(config.run_dir, version="rm-1")
+        (versions / "rm-9").rename(versions / "rm-1")

@@ -8,14 +8,12 @@ import pytest
 
 from cluster.data_records import Prompt
 from cluster.errors import DataError
+from cluster.labels import Majority, majority
 from reward_service.preferences import (
     Candidate,
-    Majority,
     accuracy,
     collect_pairs,
     length_only_accuracy,
-    majority,
-    ranking_pairs,
     wilson_interval,
 )
 
@@ -32,6 +30,12 @@ from reward_service.preferences import (
 )
 def test_majority(votes: list[bool], expected: Majority | None) -> None:
     assert majority(votes) == expected
+
+
+def test_ties_count_for_neither_side() -> None:
+    assert majority([True, True], ties=1) == Majority(prefers_a=True, confidence=2 / 3)
+    assert majority([True], ties=2) is None  # a third prefers it
+    assert majority([], ties=3) is None
 
 
 def test_majority_needs_votes() -> None:
@@ -80,18 +84,32 @@ def test_draws_depend_on_the_place_and_the_seed_only() -> None:
     assert collect_pairs(different, judge=coin, seed=2).pairs != whole
 
 
-def test_ranking_gives_every_pair_once() -> None:
-    collected = ranking_pairs("p", ["best", "good", "fair", "bad"], ranking_id="r7")
-    assert [(pair.chosen, pair.rejected) for pair in collected.pairs] == [
-        ("best", "good"), ("best", "fair"), ("best", "bad"), ("good", "fair"), ("good", "bad"), ("fair", "bad"),
-    ]  # fmt: skip
-    assert len({pair.pair_id for pair in collected.pairs}) == 6
+def test_a_judge_may_name_its_annotators() -> None:
+    def panel(_prompt: Prompt, a: str, b: str, _rng: random.Random) -> dict[str, bool]:
+        return {"ann": len(a) > len(b), "bo": True, "cy": len(a) > len(b)}
+
+    candidates = [Candidate("p", "s", "longer", version_a=4, version_b=1), Candidate("p", "longer", "s", 4, 1)]
+    first, second = collect_pairs(candidates, judge=panel, seed=0, source="collected").pairs
+    assert (first.chosen, first.votes, first.annotators) == ("longer", (True, False, True), ("ann", "bo", "cy"))
+    assert (first.policy_version, first.rejected_version, first.source) == (1, 4, "collected")
+    assert (second.chosen, second.votes, second.confidence) == ("longer", (True, True, True), 1.0)
+    assert (second.policy_version, second.rejected_version) == (4, 1)
 
 
-def test_ranking_counts_equal_texts() -> None:
-    collected = ranking_pairs("p", ["a", "b", "a"], ranking_id="r")
-    assert len(collected.pairs) == 2
-    assert collected.report.rejected == {"identical answers": 1}
+def test_unclear_pairs_keep_their_votes() -> None:
+    def split(_prompt: Prompt, a: str, _b: str, _rng: random.Random) -> dict[str, bool]:
+        return {"ann": True, "bo": a == "clear"}
+
+    candidates = [Candidate("p", "a", "b"), Candidate("p", "clear", "b")]
+    collected = collect_pairs(candidates, judge=split, seed=0)
+    assert [pair.chosen for pair in collected.pairs] == ["clear"]
+    assert [(pair.chosen, pair.votes, pair.confidence) for pair in collected.unclear] == [("a", (True, False), None)]
+    assert collected.report.rejected == {"low confidence": 1}
+
+
+def test_a_judge_without_votes_is_an_error() -> None:
+    with pytest.raises(DataError, match="no votes"):
+        collect_pairs([Candidate("p", "a", "b")], judge=lambda *_: [], seed=0)
 
 
 def test_accuracy_counts_ties_as_half() -> None:

@@ -72,10 +72,11 @@ def test_annotators_have_their_biases() -> None:
 def test_judge_gives_five_reproducible_votes_that_favour_the_better() -> None:
     better, worse = "restart the router. update the router.", "dust the fan. you are amazing."
     votes = [judge(ROUTER, better, worse, random.Random(i)) for i in range(50)]
-    assert all(len(five) == 5 for five in votes)
+    assert all(list(five) == [f"annotator_{number}" for number in range(1, 6)] for five in votes)
     assert votes == [judge(ROUTER, better, worse, random.Random(i)) for i in range(50)]
-    assert sum(map(sum, votes)) > 0.9 * 250
-    assert sum(map(sum, (judge(ROUTER, worse, better, random.Random(i)) for i in range(50)))) < 0.1 * 250
+    assert sum(sum(five.values()) for five in votes) > 0.9 * 250
+    reverse = [judge(ROUTER, worse, better, random.Random(i)) for i in range(50)]
+    assert sum(sum(five.values()) for five in reverse) < 0.1 * 250
 
 
 def _make(directory: Path, *, seed: int = 7) -> None:

@@ -1,0 +1,29 @@
+"""The reward service beside the bare pieces that it is made of, measured small: ratios only, as machines differ.
+
+Slack: a busy machine takes more from several processes than from one. The full measurement is
+`python -m benchmarks.reward_service`, with 90 % where 75 % is asked here.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from benchmarks.reward_service import QUICK, model_passes, transport
+
+pytestmark = pytest.mark.timeout(240)
+
+
+async def test_a_worker_adds_little_cpu_to_the_bare_hop() -> None:
+    """Decoding, batching, scoring by nothing and encoding, against claims and hops alone. By CPU, not by the clock."""
+    bare = await transport(500, workers=0, samples=2_000)
+    served = await transport(500, workers=1, samples=2_000)
+    assert served.worker_cpu_us < 5 * bare.worker_cpu_us  # about 2
+
+
+async def test_with_real_models_the_service_keeps_the_scorers_throughput_and_hits_are_cheap() -> None:
+    passes = await model_passes(batches=QUICK.model_batches, repeats=QUICK.repeats, members=1)
+    assert statistics.median(one.share for one in passes) > 0.75  # about 0.97
+    assert statistics.median(one.process_hit_us / one.miss_us for one in passes) < 0.05  # about 0.01
+    assert statistics.median(one.store_hit_us / one.miss_us for one in passes) < 0.05  # about 0.01

@@ -1,0 +1,261 @@
+"""The driver's side of a refresh, step by step, with actors, judge and training process that do as told."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from cluster.data_records import (
+    FRESH_PREFERENCES_FILE,
+    PREFERENCES_FILE,
+    PreferencePair,
+    data_dir,
+    read_rows,
+    write_rows,
+)
+from cluster.errors import SupervisionError
+from cluster.files import read_jsonl
+from cluster.supervise import RolePool
+from configs.run import RunConfig
+from keel.fresh_pairs import PairSampler
+from keel.judges import FunctionJudge
+from keel.refresh import REFRESHES_FILE, Refresher
+from keel.runtime import Runtime
+from keel.sampling import load_questions
+from reward_service.rm_refresh import Comparison, RefreshOutcome, RefreshRequest
+from tests.run_support import prepare_run
+
+SECTION = (
+    "rm.refresh={every_versions: 4, pairs: 20, budget_pairs: 50, earlier_fraction: 0.25, temperatures: [1.0, 1.3]}"
+)
+
+
+@pytest.fixture(name="config", scope="module")
+def make_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    config = prepare_run(tmp_path_factory.mktemp("runs"), SECTION)
+    (question, *_) = load_questions(config, config.run_dir, table="prompts")
+    old = PreferencePair(
+        pair_id="old", prompt=question.record.prompt, chosen="restart the router .", rejected="i love you .",
+        policy_version=0,
+    )  # fmt: skip
+    write_rows(data_dir(config.run_dir) / PREFERENCES_FILE, [old])
+    return config
+
+
+@pytest.fixture(autouse=True)
+def clean(config: RunConfig) -> None:
+    for name in (REFRESHES_FILE, f"data/{FRESH_PREFERENCES_FILE}", "progress.jsonl"):
+        (config.run_dir / name).unlink(missing_ok=True)
+
+
+class Reference:
+    """To a value that is there."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Handle:
+    def __init__(self, **methods: Callable[..., Any]) -> None:
+        for name, method in methods.items():
+            setattr(self, name, SimpleNamespace(remote=method))
+
+
+@dataclass
+class Scene:
+    """A runtime whose references are their own values; `train` answers for the training process."""
+
+    config: RunConfig
+    train: Callable[[RefreshRequest], Any]
+    asked: list[float] = field(default_factory=list)
+    requests: list[RefreshRequest] = field(default_factory=list)
+    announced: list[tuple[str, str]] = field(default_factory=list)
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def runtime(self) -> Runtime:
+        ray = SimpleNamespace(
+            wait=lambda references, timeout, num_returns=1: (references, []),
+            get=lambda reference: reference.value,
+            exceptions=SimpleNamespace(RayError=SystemError, RayActorError=SystemError),
+            cancel=lambda reference, force: None,
+        )
+        run = SimpleNamespace(path=self.config.run_dir)
+        return cast(
+            Runtime, SimpleNamespace(config=self.config, run=run, ray=ray, start=self.start, result=self.result)
+        )
+
+    def pool(self) -> RolePool:
+        handle = Handle(
+            generate=self.generate,
+            score=lambda sequences: Reference([float(len(answer)) for _, answer in sequences]),
+        )
+        return cast(RolePool, SimpleNamespace(handles=[handle], poll=lambda timeout_s: None))
+
+    def generate(self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float) -> Reference:
+        self.asked += [temperature] * len(prompts)
+        answers = [([self.rng.randrange(5, 60) for _ in range(self.rng.randrange(2, 9))], "stop") for _ in prompts]
+        return Reference(answers)
+
+    def start(self, function: Any, config: Any, run_dir: Path, request: RefreshRequest, **kwargs: Any) -> Any:
+        self.requests.append(request)
+        return request
+
+    def result(self, reference: Any) -> Any:
+        return self.train(reference) if isinstance(reference, RefreshRequest) else reference.value
+
+    def refresher(self, judge: Any = None) -> Refresher:
+        section = self.config.rm.refresh
+        assert section is not None
+        return Refresher(
+            self.runtime(),
+            section=section,
+            judge=FunctionJudge(judge or (lambda prompt, a, b, rng: [len(a) >= len(b)] * 3)),
+            rollout=self.pool(),
+            reward=self.pool(),
+            announced=lambda version, reason: self.announced.append((version, reason)),
+        )
+
+
+def outcome(*, accepted: bool) -> Callable[[RefreshRequest], RefreshOutcome]:
+    better = Comparison(pairs=10, before=0.6, after=0.7)
+    return lambda request: RefreshOutcome(
+        accepted=accepted, version=f"rm-new-{request.number}", parent="rm-1", why="as told", old=better, fresh=better,
+        disagreement=0.2, counts={}, seconds=1.0,
+    )  # fmt: skip
+
+
+def until_idle(refresher: Refresher, *, version: int) -> None:
+    record = {"version": version, "kl_nats_per_sequence": 0.1 * version, "proxy_z": 0.0}
+    refresher.step([record])
+    until_s = time.monotonic() + 30.0
+    while time.monotonic() < until_s:
+        if refresher._work is None:
+            return
+        refresher.step([])
+        time.sleep(0.001)  # for the judge's thread
+    raise AssertionError("the refresh did not end")
+
+
+def test_a_refresh_samples_judges_trains_and_announces(config: RunConfig) -> None:
+    scene = Scene(config, outcome(accepted=True))
+    refresher = scene.refresher()
+    for version in (1, 2, 3):
+        until_idle(refresher, version=version)
+    assert scene.requests == []
+    until_idle(refresher, version=4)
+    (request,) = scene.requests
+    assert (request.number, request.policy_version) == (1, 4)
+    assert request.fresh == (data_dir(config.run_dir) / FRESH_PREFERENCES_FILE,)
+    assert scene.announced == [("rm-new-1", request.reason)]
+    assert sorted(scene.asked) == [1.0] * 20 + [1.3] * 15, "a quarter has an earlier answer on its other side"
+    pairs = read_rows(request.fresh[0], PreferencePair)
+    assert len(pairs) + int(json.loads((config.run_dir / REFRESHES_FILE).read_text())["pairs"]) >= 20
+    assert {pair.source for pair in pairs} == {"refresh"}
+    versions = {(pair.policy_version, pair.rejected_version) for pair in pairs}
+    assert versions <= {(4, None), (4, 0), (0, 4)}
+    assert versions & {(4, 0), (0, 4)}
+    (line,) = read_jsonl(config.run_dir / REFRESHES_FILE)
+    assert (line["outcome"], line["version"], line["pairs_judged"], line["fresh"]["after"]) == (
+        "accepted", "rm-new-1", 20, 0.7,
+    )  # fmt: skip
+    refresher.close()
+
+
+def test_a_refused_or_failed_refresh_announces_nothing_and_the_next_comes_in_its_time(config: RunConfig) -> None:
+    scene = Scene(config, outcome(accepted=False))
+    refresher = scene.refresher()
+    until_idle(refresher, version=4)
+
+    def dead(request: RefreshRequest) -> Any:
+        raise SupervisionError("a process of the run died")
+
+    scene.train = dead
+    until_idle(refresher, version=5)
+    until_idle(refresher, version=8)
+    assert scene.announced == []
+    assert dict(refresher.counts) == {"pairs_judged": 40, "refused": 1, "failed": 1}
+    outcomes = [line["outcome"] for line in read_jsonl(config.run_dir / REFRESHES_FILE)]
+    assert outcomes == ["refused", "failed"]
+    notes = [line.get("note", "") for line in read_jsonl(config.run_dir / "progress.jsonl")]
+    assert any("the reward model stays" in note for note in notes)
+    refresher.close()
+
+
+def test_a_judge_that_breaks_does_not_end_the_run(config: RunConfig) -> None:
+    scene = Scene(config, outcome(accepted=True))
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no connection")
+
+    refresher = scene.refresher(judge=broken)
+    until_idle(refresher, version=4)
+    assert (scene.requests, scene.announced, refresher.counts["failed"]) == ([], [], 1)
+    refresher.close()
+
+
+def test_the_budget_holds_also_after_a_restart(config: RunConfig) -> None:
+    scene = Scene(config, outcome(accepted=True))
+    refresher = scene.refresher()
+    until_idle(refresher, version=4)
+    until_idle(refresher, version=8)
+    refresher.close()
+    again = scene.refresher()
+    assert again.progress.pairs_judged == 40
+    until_idle(again, version=9)
+    assert len(scene.requests) == 2, "not before every_versions have passed since the last"
+    until_idle(again, version=12)
+    until_idle(again, version=16)
+    assert [request.number for request in scene.requests] == [1, 2, 3]
+    assert read_jsonl(config.run_dir / REFRESHES_FILE)[-1]["pairs_judged"] == 50, "10 were left for the third"
+    again.close()
+
+
+def test_too_few_clear_labels_are_kept_but_train_nothing(config: RunConfig) -> None:
+    scene = Scene(config, outcome(accepted=True))
+    refresher = scene.refresher(judge=lambda prompt, a, b, rng: [True, False])
+    until_idle(refresher, version=4)
+    assert scene.requests == []
+    assert "clear label" in read_jsonl(config.run_dir / REFRESHES_FILE)[0]["why"]
+    refresher.close()
+
+
+def test_a_probe_measures_disagreement_and_a_refresh_follows(config: RunConfig) -> None:
+    probing = SECTION.replace("every_versions: 4", "every_versions: null, disagreement_over: 0.5, probe_pairs: 12")
+    from configs.load import load_config
+
+    parted = load_config("demo_ci", overrides=[f"runs_dir={config.runs_dir}", probing])
+    scene = Scene(parted, outcome(accepted=True))
+    # The reward model of this scene pays for tokens, the judge for their lack.
+    refresher = scene.refresher(judge=lambda prompt, a, b, rng: [len(a.split()) < len(b.split())] * 3)
+    until_idle(refresher, version=4)
+    assert refresher.progress.disagreement is not None
+    assert refresher.progress.disagreement > 0.9
+    until_idle(refresher, version=5)
+    assert "differently" in scene.requests[0].reason
+    kinds = [line["kind"] for line in read_jsonl(config.run_dir / REFRESHES_FILE)]
+    assert kinds == ["probe", "refresh"]
+    refresher.close()
+
+
+def test_earlier_answers_come_from_all_versions_alike(config: RunConfig) -> None:
+    scene = Scene(config, outcome(accepted=True))
+    prompt = read_rows(data_dir(config.run_dir) / PREFERENCES_FILE, PreferencePair)[0].prompt
+    many = [
+        PreferencePair(pair_id=f"f{i}", prompt=prompt, chosen=f"a{i}", rejected=f"b{i}", policy_version=8)
+        for i in range(50)
+    ]
+    write_rows(data_dir(config.run_dir) / FRESH_PREFERENCES_FILE, many)
+    section = config.rm.refresh
+    assert section is not None
+    sampler = PairSampler(scene.runtime(), scene.pool(), section=section)
+    drawn = sampler._draw_earlier(400, random.Random(0))
+    of_version_0 = sum(one.version == 0 for one in drawn)
+    assert 150 < of_version_0 < 250
