@@ -68,8 +68,8 @@ QUICK: Final = Size(samples={500: 4_000}, workers=(1,), model_batches=2, repeats
 
 @dataclass(frozen=True)
 class Transport:
-    """`workers` 0: the bare hop. CPU: of all workers together, and of the server, a sample. others_cores: what everybody
-    else on the machine used meanwhile; much of it, and the rate says little."""
+    """`workers` 0: the bare hop. CPU: of all workers together, and of the server, a sample. others_cores: what
+    everybody else on the machine used meanwhile; much of it, and the rate says little."""
 
     size_bytes: int
     workers: int
@@ -80,11 +80,32 @@ class Transport:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """By the clock, and in CPU of this process."""
+
+    seconds: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls) -> Cost:
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, earlier: Cost) -> Cost:
+        return Cost(self.seconds - earlier.seconds, self.cpu_s - earlier.cpu_s)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.cpu_s + other.cpu_s)
+
+
+@dataclass(frozen=True)
 class ModelPass:
-    """Samples a second through the service and through the scorer alone; microseconds a sample of a hit and a miss."""
+    """Samples a second through the service and through the scorer alone, and the CPU of this process that each took;
+    microseconds a sample of a hit and a miss."""
 
     service_per_s: float
     bare_per_s: float
+    service_cpu_us: float
+    bare_cpu_us: float
     miss_us: float
     process_hit_us: float
     store_hit_us: float
@@ -93,6 +114,11 @@ class ModelPass:
     def share(self) -> float:
         """Of the bare throughput that is left behind server, worker and cache."""
         return self.service_per_s / self.bare_per_s
+
+    @property
+    def cpu_share(self) -> float:
+        """The same where CPU is what limits; it hardly depends on who else is on the machine."""
+        return self.bare_cpu_us / self.service_cpu_us
 
 
 # ---------------------------------------------------------------- transport
@@ -103,12 +129,11 @@ async def transport(size_bytes: int, *, workers: int, samples: int) -> Transport
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder) / "redis") as server:
         async with RunRedis(server.url, run=RUN, lease_s=LEASE_S) as redis:
             await _fill(redis, parts.payloads(samples, size_bytes=size_bytes))
-            before_s, busy_s, started_s = _cpu_s(server), _busy_s(), time.monotonic()
+            meter = _Meter(server)
             if workers:
-                reports = await _with_workers(redis, server, workers=workers, samples=samples)
+                reports = await _with_workers(redis, server.url, meter=meter, workers=workers, samples=samples)
             else:
-                reports = [await _bare_hops(redis, samples=samples)]
-            server_s, busy_s, took_s = _cpu_s(server) - before_s, _busy_s() - busy_s, time.monotonic() - started_s
+                reports = [await _bare_hops(redis, meter=meter, samples=samples)]
     worker_s = sum(report.cpu_s for report in reports)
     commits_at_s = sorted(at_s for report in reports for at_s in report.commits_at_s)
     warm = int(WARM_UP_SHARE * samples)
@@ -117,9 +142,29 @@ async def transport(size_bytes: int, *, workers: int, samples: int) -> Transport
         workers=workers,
         per_s=(samples - 1 - warm) / (commits_at_s[-1] - commits_at_s[warm]),
         worker_cpu_us=1e6 * worker_s / samples,
-        server_cpu_us=1e6 * server_s / samples,
-        others_cores=max(0.0, busy_s - server_s - worker_s) / took_s,
+        server_cpu_us=1e6 * meter.server_s / samples,
+        others_cores=max(0.0, meter.busy_s - meter.server_s - worker_s) / meter.seconds,
     )
+
+
+class _Meter:
+    """Seconds of the clock, of the server's CPU and of all cores that were busy, from `start` to `stop`."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self._server = psutil.Process(server.pid)
+        self.seconds = self.server_s = self.busy_s = 0.0
+
+    def start(self) -> None:
+        self._add(-1)
+
+    def stop(self) -> None:
+        self._add(1)
+
+    def _add(self, sign: int) -> None:
+        server, machine = self._server.cpu_times(), psutil.cpu_times()
+        self.seconds += sign * time.monotonic()
+        self.server_s += sign * (server.user + server.system)
+        self.busy_s += sign * (machine.user + machine.nice + machine.system + machine.softirq)
 
 
 async def _fill(redis: RunRedis, payloads: Sequence[bytes]) -> None:
@@ -127,12 +172,14 @@ async def _fill(redis: RunRedis, payloads: Sequence[bytes]) -> None:
         await redis.streams.publish(StreamName.ROLLOUTS, payloads[start : start + 500])
 
 
-async def _with_workers(redis: RunRedis, server: EmbeddedServer, *, workers: int, samples: int) -> list[WorkerReport]:
+async def _with_workers(
+    redis: RunRedis, redis_url: str, *, meter: _Meter, workers: int, samples: int
+) -> list[WorkerReport]:
     spawn = multiprocessing.get_context("spawn")
     signals = Signals(spawn.Semaphore(0), spawn.Event(), spawn.Event())
     pipes = [spawn.Pipe(duplex=False) for _ in range(workers)]
     processes = [
-        spawn.Process(target=parts.work, args=(server.url, RUN, f"reward-{number}", signals, sender), daemon=True)
+        spawn.Process(target=parts.work, args=(redis_url, RUN, f"reward-{number}", signals, sender), daemon=True)
         for number, (_, sender) in enumerate(pipes)
     ]
     for process in processes:
@@ -140,10 +187,12 @@ async def _with_workers(redis: RunRedis, server: EmbeddedServer, *, workers: int
     try:
         for _ in processes:
             assert await asyncio.to_thread(signals.ready.acquire, timeout=READY_TIMEOUT_S), "a worker did not start"
+        meter.start()
         signals.start.set()
         async with asyncio.timeout(POINT_TIMEOUT_S):
             while (await redis.streams.depth(StreamName.SCORED)).backlog < samples:  # noqa: ASYNC110 - the server's state
                 await asyncio.sleep(0.2)
+        meter.stop()
         signals.stop.set()
         return [await asyncio.to_thread(receiver.recv) for receiver, _ in pipes]
     finally:
@@ -152,27 +201,18 @@ async def _with_workers(redis: RunRedis, server: EmbeddedServer, *, workers: int
             process.join()
 
 
-async def _bare_hops(redis: RunRedis, *, samples: int) -> WorkerReport:
+async def _bare_hops(redis: RunRedis, *, meter: _Meter, samples: int) -> WorkerReport:
     """The payloads go from one stream to the next as they are."""
     commits_at_s: list[float] = []
     cpu_s = time.process_time()
+    meter.start()
     while len(commits_at_s) < samples:
         taken = await redis.streams.claim(StreamName.ROLLOUTS, consumer="bare", max_count=BATCH, wait_s=1.0)
         hops = [Hop(delivery.entry_id, StreamName.SCORED, delivery.payload) for delivery in taken]
         assert all(await redis.streams.advance_many(StreamName.ROLLOUTS, hops))
         commits_at_s += [time.monotonic()] * len(taken)
+    meter.stop()
     return WorkerReport(commits_at_s, time.process_time() - cpu_s)
-
-
-def _busy_s() -> float:
-    """Of all cores together."""
-    times = psutil.cpu_times()
-    return float(times.user + times.nice + times.system + times.softirq)
-
-
-def _cpu_s(server: EmbeddedServer) -> float:
-    times = psutil.Process(server.pid).cpu_times()
-    return float(times.user + times.system)
 
 
 # ---------------------------------------------------------------- models and cache
@@ -193,12 +233,12 @@ class ModelBench:
         rollouts = parts.answers(BATCH * batches, words=self._models.words, seed=number)
         known, unknown = rollouts[-BATCH:], parts.answers(BATCH, words=self._models.words, seed=-1 - number)
         half = len(rollouts) // 2
-        bare_s = await self._in_thread(lambda: _bare_forward(scorer, rollouts[:half]))
+        bare = await self._in_thread(lambda: _bare_forward(scorer, rollouts[:half]))
         settings = CacheSettings(entries=len(rollouts), ttl_s=3600.0)
         async with RunRedis(self._server.url, run=f"{RUN}-{number}", lease_s=LEASE_S) as redis:
             cache = ScoreCache(settings, store=redis.scores)
-            service_s = await _serve(redis, self._scoring(scorer, cache), rollouts)
-            bare_s += await self._in_thread(lambda: _bare_forward(scorer, rollouts[half:]))
+            service = await _serve(redis, self._scoring(scorer, cache), rollouts)
+            bare += await self._in_thread(lambda: _bare_forward(scorer, rollouts[half:]))
             assert cache.counts == {"misses": len(rollouts)}, cache.counts
             times = {"process": list[float](), "store": list[float](), "miss": list[float]()}
             for _ in range(CACHE_ROUNDS):  # in turn
@@ -210,8 +250,10 @@ class ModelBench:
             assert cache.counts == {"misses": len(rollouts), "process_hits": CACHE_ROUNDS * BATCH}, cache.counts
         sample_us = {what: 1e6 * statistics.median(seconds) / BATCH for what, seconds in times.items()}
         return ModelPass(
-            service_per_s=len(rollouts) / service_s,
-            bare_per_s=len(rollouts) / bare_s,
+            service_per_s=len(rollouts) / service.seconds,
+            bare_per_s=len(rollouts) / bare.seconds,
+            service_cpu_us=1e6 * service.cpu_s / len(rollouts),
+            bare_cpu_us=1e6 * bare.cpu_s / len(rollouts),
             miss_us=sample_us["miss"],
             process_hit_us=sample_us["process"],
             store_hit_us=sample_us["store"],
@@ -249,26 +291,26 @@ async def model_passes(*, batches: int, repeats: int, members: int) -> list[Mode
         thread.close()
 
 
-def _bare_forward(scorer: Scorer, rollouts: Sequence[Rollout]) -> float:
-    started_s = time.perf_counter()
+def _bare_forward(scorer: Scorer, rollouts: Sequence[Rollout]) -> Cost:
+    started = Cost.now()
     for start in range(0, len(rollouts), BATCH):
         scorer.score(rollouts[start : start + BATCH])
-    return time.perf_counter() - started_s
+    return Cost.now().since(started)
 
 
-async def _serve(redis: RunRedis, scoring: BatchScoring, rollouts: Sequence[Rollout]) -> float:
-    """Seconds from the first claim until the last score is published."""
+async def _serve(redis: RunRedis, scoring: BatchScoring, rollouts: Sequence[Rollout]) -> Cost:
+    """From the first claim until the last score is published."""
     await _fill(redis, [encode(item) for item in rollouts])
     times = CommitTimes(len(rollouts))
     worker = RewardWorker(redis.streams, scoring=scoring, metrics=times, settings=parts.worker_settings("reward-0"))
-    started_s = time.perf_counter()
+    started = Cost.now()
     run = asyncio.create_task(worker.run())
     async with asyncio.timeout(POINT_TIMEOUT_S):
         await times.done.wait()
-    seconds = time.perf_counter() - started_s
+    cost = Cost.now().since(started)
     await worker.stop()
     await run
-    return seconds
+    return cost
 
 
 async def _score_s(scoring: BatchScoring, batch: Sequence[Rollout]) -> float:
@@ -301,6 +343,7 @@ async def measure(size: Size, *, members: int = 1) -> dict[str, Any]:
         | {
             "members": members,
             "share": statistics.median(one.share for one in passes),
+            "cpu_share": statistics.median(one.cpu_share for one in passes),
             "process_hit_share": statistics.median(one.process_hit_us / one.miss_us for one in passes),
             "store_hit_share": statistics.median(one.store_hit_us / one.miss_us for one in passes),
         },
@@ -314,7 +357,7 @@ def _middle(points: list[Transport]) -> Transport:
 def table(result: dict[str, Any]) -> str:
     """For people, and for docs/scaling.md."""
     lines = [
-        "| rollout | workers | samples/s | worker CPU, µs a sample | server CPU, µs a sample | cores that others used |",
+        "| rollout | workers | samples/s | worker CPU, µs a sample | server CPU, µs a sample | others' cores |",
         "|---|---|---|---|---|---|",
     ]
     for point in result["transport"]:
@@ -326,7 +369,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Models ({models['members']} member): service {models['service_per_s']:.0f}/s, bare forward "
-        f"{models['bare_per_s']:.0f}/s, share {models['share']:.3f}.",
+        f"{models['bare_per_s']:.0f}/s, share {models['share']:.3f} by the clock, {models['cpu_share']:.3f} by CPU.",
         f"Cache: a miss costs {models['miss_us']:.0f} µs a sample, "
         f"a hit in the process {models['process_hit_us']:.0f} µs ({models['process_hit_share']:.1%}), "
         f"a hit on the server {models['store_hit_us']:.0f} µs ({models['store_hit_share']:.1%}).",

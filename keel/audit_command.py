@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,13 +23,15 @@ from reward_service.rebalance import How
 Say = Callable[[str], None]
 
 _PROBLEMS_SHOWN: Final = 5
+_TABLES: Final = (".jsonl", ".jsonl.gz", ".parquet")
 _HOW: Final[dict[str, How]] = {"none": "none", "stratified": "stratified", "weights": "inverse_frequency"}
 
 
 @dataclass(frozen=True)
 class AuditInput:
-    """What to audit. `path`: preferences in any form that Keel reads, or a run's directory, whose SFT and RL prompts
-    are then looked at too. `columns`: field → column of the preferences. `rebalance`: say what it would change."""
+    """What to audit. `path`: preferences in any form that Keel reads, a directory that holds one file of them, or a
+    run's directory, whose SFT and RL prompts are then looked at too. `columns`: field → column of the preferences.
+    `rebalance`: say what it would change."""
 
     path: Path
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -41,12 +45,13 @@ def audit_file(what: AuditInput, *, out: Path | None = None, seed: int = 0, say:
     run). `say`: None prints nothing. Raises DataError: nothing to read, nothing usable, or `out` cannot be written."""
     what = _resolved(what)
     audit = _audit(what, seed=seed)
-    directory = out or _default_out(what.path)
-    written = _write(audit, directory)
     if say is not None:
         from keel.audit_table import print_audit
 
         print_audit(audit)
+    directory = out or _default_out(what.path)
+    written = _write(audit, directory)
+    if say is not None:
         say(f"written to {directory}: {', '.join(path.name for path in written)}")
     return audit
 
@@ -80,15 +85,18 @@ def _audit(what: AuditInput, *, seed: int) -> Audit:
 
 
 def _resolved(what: AuditInput) -> AuditInput:
-    """A run's directory → its files."""
+    """A run's directory → its files; another directory → the one table in it."""
     if not what.path.is_dir():
         return what
     data = data_dir(what.path)
     preferences = data / PREFERENCES_FILE
     if not preferences.is_file():
+        tables = sorted(path for path in what.path.iterdir() if path.is_file() and path.name.endswith(_TABLES))
+        if len(tables) == 1:
+            return replace(what, path=tables[0])
         raise DataError(
             "no preferences to audit",
-            got=f"{preferences} does not exist",
+            got=f"{preferences} does not exist, and {what.path} holds {len(tables)} tables",
             do="give a file of preferences, or a run whose data or collect stage is done",
         )
 
@@ -100,8 +108,13 @@ def _resolved(what: AuditInput) -> AuditInput:
 
 
 def _default_out(path: Path) -> Path:
+    """Beside the data; here, where that place can only be read."""
     run = path.parent.parent
-    return run / "audit" if path == data_dir(run) / PREFERENCES_FILE else path.with_name(f"{path.name}.audit")
+    if path == data_dir(run) / PREFERENCES_FILE:
+        return run / "audit"
+    name = f"{path.name}.audit"
+    marked = path.parent.stat().st_mode & stat.S_IWUSR  # which root may write to all the same, and should not
+    return path.with_name(name) if marked and os.access(path.parent, os.W_OK) else Path(name)
 
 
 def _require_pairs(path: Path, loaded: LoadedPreferences) -> None:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from reward_service.audit_records import AnnotatorFacts, Audit, Stratum
+from reward_service.agreement import LENGTH
+from reward_service.audit_records import AnnotatorFacts, Audit, Leaning, Stratum
 from reward_service.cues import Cue
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _leanings(axes: Axes, annotators: list[AnnotatorFacts]) -> None:
     for place, one in enumerate(annotators):
         strongest = max((leaning.z for leaning in one.leanings), key=abs, default=0.0)
         axes.barh(place, strongest, color=_SHORTER, alpha=0.75, height=0.55)
-        text = ", ".join(_name(leaning.feature) for leaning in one.leanings[:3]) or "like the others"
+        text = ", ".join(_leaning(leaning) for leaning in one.leanings[:3]) or "like the others"
         axes.annotate(
             text, (max(strongest, 0.0), place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8
         )
@@ -177,6 +178,12 @@ def _leanings(axes: Axes, annotators: list[AnnotatorFacts]) -> None:
         0 if all(leaning.z > 0 for one in annotators for leaning in one.leanings) else -1.3 * most, 1.9 * most
     )
     _titled(axes, "What draws each more than the others", x="z of the strongest")
+
+
+def _leaning(leaning: Leaning) -> str:
+    if leaning.feature == LENGTH:
+        return "longer answers" if leaning.z > 0 else "shorter answers"
+    return f"“{_name(leaning.feature)}”"
 
 
 # ---------------------------------------------------------------- common

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cluster.errors import ConfigError, KeelError
+from keel.cli_data import advise, data_app
 from keel.submit_options import SubmitOptions, command_from
 
 app = typer.Typer(
@@ -186,9 +187,7 @@ def generate(
     rm: Annotated[
         Path | None, typer.Option(help="Reward model for --best-of, e.g. runs/demo/rm. Left out: that of MODEL's run.")
     ] = None,
-    show_all: Annotated[
-        bool, typer.Option("--show-all", help="With --best-of: all answers and rewards.")
-    ] = False,
+    show_all: Annotated[bool, typer.Option("--show-all", help="With --best-of: all answers and rewards.")] = False,
 ) -> None:
     """Answer prompts with a trained policy (transformers, on this machine).
 
@@ -279,6 +278,8 @@ def _submit(options: SubmitOptions) -> None:
     raise typer.Exit(submit(options))
 
 
+app.add_typer(data_app, name="data")
+app.command()(advise)
 app.command("submit")(command_from(SubmitOptions, _submit))
 
 

@@ -84,7 +84,11 @@ def advise(audit: Audit | None, answers: Answers) -> Advice:
     method, _ = fired[0] if fired else ("rlhf", "")
     agreeing = [reason for other, reason in fired if other == method]
     reasons = agreeing or _for_rlhf(facts)
-    also = [f"{reason} (which alone would speak for {_NAMES[other]})" for other, reason in fired if other != method]
+    also = [
+        f"{reason.rstrip('.')} (this alone would speak for {_NAMES[other]})."
+        for other, reason in fired
+        if other != method
+    ]
     return Advice(
         method=method,
         title=_TITLES[method],

@@ -1,8 +1,8 @@
 """Several fits, one after the other or side by side in spawned processes.
 
 Consumes: jobs. Produces: what each job writes, and every job's progress events in this process, one at a time. Waits
-for: its own child processes. Who unblocks it: they end, or die, which breaks the pool. Always holds: on return every job
-has been done, and the first error of any job is raised once no child runs any more; no child outlives this process,
+for: its own child processes. Who unblocks it: they end, or die, which breaks the pool. Always holds: on return every
+job has been done, and the first error of any job is raised once no child runs any more; no child outlives this process,
 however that ends.
 """
 

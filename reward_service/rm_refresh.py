@@ -77,8 +77,8 @@ class Comparison:
 class RefreshOutcome:
     """`version`: of the refreshed model, accepted or not; `parent`: of the one that it learned on from. `why`: one
     sentence. `disagreement`: share of the newest fresh pairs, those of later policies than the old model knew, that it
-    orders otherwise than the judge; None without any. `counts`: pairs by kind: old, fresh, caught (in the mix of the first member), caught_left_out,
-    old_held_out, fresh_held_out."""
+    orders otherwise than the judge; None without any. `counts`: pairs by kind: old, fresh, caught (each in the mix of
+    the first member), caught_left_out, old_held_out, fresh_held_out."""
 
     accepted: bool
     version: str

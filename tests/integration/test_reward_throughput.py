@@ -1,7 +1,8 @@
 """The reward service beside the bare pieces that it is made of, measured small: ratios only, as machines differ.
 
-Slack: a busy machine takes more from several processes than from one. The full measurement is
-`python -m benchmarks.reward_service`, with 90 % where 75 % is asked here.
+By CPU rather than by the clock: on a busy machine, the clock says who was given a core. Slack: 85 % of the bare forward's
+throughput by CPU, and half of it by the clock, where `python -m benchmarks.reward_service` on a quiet machine must show
+90 % by the clock.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ async def test_a_worker_adds_little_cpu_to_the_bare_hop() -> None:
 
 async def test_with_real_models_the_service_keeps_the_scorers_throughput_and_hits_are_cheap() -> None:
     passes = await model_passes(batches=QUICK.model_batches, repeats=QUICK.repeats, members=1)
-    assert statistics.median(one.share for one in passes) > 0.75  # about 0.97
+    assert statistics.median(one.cpu_share for one in passes) > 0.85  # about 0.97
+    assert (
+        statistics.median(one.share for one in passes) > 0.5
+    )  # about 0.97: batches do not wait for anything in between
     assert statistics.median(one.process_hit_us / one.miss_us for one in passes) < 0.05  # about 0.01
     assert statistics.median(one.store_hit_us / one.miss_us for one in passes) < 0.05  # about 0.01

@@ -123,6 +123,26 @@ def test_a_run_directory(tmp_path: Path) -> None:
     assert (tmp_path / "audit" / AUDIT_FILE).is_file()
 
 
+def test_a_directory_with_one_table(tmp_path: Path) -> None:
+    write(tmp_path / "votes.jsonl", comparisons(30))
+    (tmp_path / "README.md").write_text("about the votes")
+    assert load_audit(AuditInput(tmp_path)).pairs == 30
+    write(tmp_path / "more.jsonl", comparisons(30))
+    with pytest.raises(DataError, match="2 tables"):
+        load_audit(AuditInput(tmp_path))
+
+
+def test_a_place_that_can_only_be_read_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared").mkdir()
+    path = write(tmp_path / "shared" / "votes.jsonl", comparisons(30))
+    path.parent.chmod(0o555)
+    monkeypatch.chdir(tmp_path)
+    audit_file(AuditInput(path), say=None)
+    path.parent.chmod(0o755)
+    assert (tmp_path / "votes.jsonl.audit" / AUDIT_FILE).is_file()
+    assert [file.name for file in path.parent.iterdir()] == ["votes.jsonl"]
+
+
 def test_the_disk_may_refuse(tmp_path: Path) -> None:
     path = write(tmp_path / "votes.jsonl", comparisons(30))
     (tmp_path / "taken").write_text("")
