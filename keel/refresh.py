@@ -27,6 +27,7 @@ from cluster.supervise import RolePool
 from configs.run import RefreshSection
 from keel.fresh_pairs import FreshPair, PairSampler, fresh_files
 from keel.judges import PairJudge, make_judge
+from keel.refresh_trainer import RayTrainer, Trainer
 from keel.roles import Roles
 from keel.rundir import append_progress
 from keel.runtime import Runtime
@@ -55,6 +56,7 @@ class Refresher:
         judge: PairJudge,
         rollout: RolePool,
         reward: RolePool,
+        trainer: Trainer,
         announced: Callable[[str, str], None],
     ) -> None:
         self.counts: Counter[str] = Counter()
@@ -66,10 +68,12 @@ class Refresher:
         self._announced = announced
         self._models = RewardModels(runtime.run.path / "rm")
         self._sampler = PairSampler(runtime, rollout, section=section)
+        self._trainer = trainer
         self._record = JsonlWriter(runtime.run.path / REFRESHES_FILE)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="judge")
         self.progress, self._number = _earlier(runtime.run.path / REFRESHES_FILE)
         self._work: Work | None = None
+        trainer.start()
 
     def step(self, records: Sequence[Json]) -> None:
         """One turn. `records`: steps of the learner that ended since the last."""
@@ -91,6 +95,7 @@ class Refresher:
             self._work.close()
             self._work = None
         self._judge.cancel()
+        self._trainer.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._record.close()
 
@@ -183,7 +188,7 @@ class Refresher:
     def _train(self, reason: str, *, version: int) -> Generator[None, None, Any]:
         from reward_service.rm_refresh import RefreshRequest
 
-        run_dir, section = self._runtime.run.path, self._section
+        run_dir = self._runtime.run.path
         request = RefreshRequest(
             number=self._number,
             reason=reason,
@@ -191,16 +196,9 @@ class Refresher:
             fresh=fresh_files(run_dir),
             caught=tuple(path for name in CAUGHT_FILES if (path := run_dir / name).is_file()),
         )
-        reference = self._runtime.start(
-            _refresh_rm, self._runtime.config, run_dir, request,
-            threads=section.threads, cpus=section.cpus, gpus=section.gpus,
-        )  # fmt: skip
-        try:
-            while not self._runtime.ray.wait([reference], timeout=0.0)[0]:
-                yield
-        except GeneratorExit:
-            self._runtime.ray.cancel(reference, force=True)
-            raise
+        reference = self._trainer.refresh(request)
+        while not self._runtime.ray.wait([reference], timeout=0.0)[0]:
+            yield
         return self._runtime.result(reference)
 
     def _margins(self, judged: Sequence[tuple[FreshPair, PreferencePair]]) -> Generator[None, None, list[float]]:
@@ -251,20 +249,18 @@ def make_refresher(runtime: Runtime, roles: Roles, *, announced: Callable[[str, 
     if section is None or not config.reward.needs_model:
         return None
     rollout, reward = roles.rollout(runtime.run.path), roles.reward()
-    judge = make_judge(config, redis_url=runtime.redis_url)
-    return Refresher(runtime, section=section, judge=judge, rollout=rollout, reward=reward, announced=announced)
+    return Refresher(
+        runtime,
+        section=section,
+        judge=make_judge(config, redis_url=runtime.redis_url),
+        rollout=rollout,
+        reward=reward,
+        trainer=RayTrainer(runtime, section=section),
+        announced=announced,
+    )
 
 
 _ENDED: Final = object()
-
-
-def _refresh_rm(config: Any, run_dir: Path, request: Any) -> Any:
-    """Body of the Ray task."""
-    import functools
-
-    from reward_service.rm_refresh import refresh_rm
-
-    return refresh_rm(config, run_dir, request, functools.partial(append_progress, run_dir))
 
 
 def _earlier(path: Path) -> tuple[RefreshProgress, int]:

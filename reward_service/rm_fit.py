@@ -122,3 +122,10 @@ def _trainer(job: FitJob, model: Any, *, tokenizer: Any, scratch: Path) -> Any:
         train_dataset=Dataset.from_list(_records(job)),
         processing_class=tokenizer,
     )
+
+
+def load_libraries() -> None:
+    """Import what a fit needs, so that the first one does not wait for it."""
+    import datasets  # noqa: F401
+    import transformers  # noqa: F401
+    import trl  # noqa: F401

@@ -1,4 +1,4 @@
-"""int8 on the CPU by dynamic quantisation: a quarter of the memory for weights, and about twice float32's speed.
+"""int8 on the CPU by dynamic quantisation: a quarter of the memory for weights, and twice float32's speed in large layers
 
 Weights get one scale a row, activations one a token. The latter is why torch's own dynamic quantisation is not used:
 its scale spans the whole batch, so an answer's score would depend on the company it is in, and one token with large

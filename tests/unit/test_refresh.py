@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -104,9 +103,16 @@ class Scene:
         answers = [([self.rng.randrange(5, 60) for _ in range(self.rng.randrange(2, 9))], "stop") for _ in prompts]
         return Reference(answers)
 
-    def start(self, function: Any, config: Any, run_dir: Path, request: RefreshRequest, **kwargs: Any) -> Any:
+    def start(self) -> None:
+        """As a Trainer."""
+
+    def refresh(self, request: RefreshRequest) -> RefreshRequest:
+        """As a Trainer."""
         self.requests.append(request)
         return request
+
+    def close(self) -> None:
+        """As a Trainer."""
 
     def result(self, reference: Any) -> Any:
         return self.train(reference) if isinstance(reference, RefreshRequest) else reference.value
@@ -120,6 +126,7 @@ class Scene:
             judge=FunctionJudge(judge or (lambda prompt, a, b, rng: [len(a) >= len(b)] * 3)),
             rollout=self.pool(),
             reward=self.pool(),
+            trainer=self,
             announced=lambda version, reason: self.announced.append((version, reason)),
         )
 
