@@ -40,13 +40,10 @@ from reward_service.rm_pairs import (
     training_labels,
 )
 
-FEW_FRESH: Final = 20
-"""Under so many fresh held-out pairs an accuracy moves in steps of 5 % and more: the loss on them decides instead."""
-
 CARD_ANSWERS: Final = 300
 """Of a kind, scored for a refreshed version's card: fewer than at first, since a run waits for it."""
-LOSS_GAIN: Final = 0.005
-"""And it has to be lower by so much, in nats a pair."""
+LOSS_GAIN: Final = 0.002
+"""By so much, in nats a pair, the loss on fresh pairs must fall to count as better."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def refresh_rm(config: RunConfig, run_dir: Path, request: RefreshRequest, emit: 
     """Train from the current version, measure both, publish the new one and make it current, or refuse it. Announcing
     it to the reward workers is the caller's.
 
-    `emit` gets {"role": "refresh", "event": "training" | "accepted" | "refused", "note"}. Raises ModelError (no
+    `emit` gets {"role": "refresh", "event": "training", "note"}. Raises ModelError (no
     reward model, disk full), DataError (a damaged file), NonFiniteError (the fit diverged); then nothing has changed.
     """
     started_s = time.monotonic()
@@ -150,7 +147,6 @@ def refresh_rm(config: RunConfig, run_dir: Path, request: RefreshRequest, emit: 
             models.publish(draft, manifest)
         else:
             models.refuse(draft, manifest)
-    emit({"role": "refresh", "event": "accepted" if accepted else "refused", "note": f"{manifest.version}: {why}"})
     counts = mixes.counts | {"old_held_out": len(sets.held_out), "fresh_held_out": len(fresh.held_out)}
     return RefreshOutcome(
         accepted=accepted, version=manifest.version, parent=parent.version, why=why, old=old, fresh=new,
@@ -159,22 +155,27 @@ def refresh_rm(config: RunConfig, run_dir: Path, request: RefreshRequest, emit: 
 
 
 def decide(old: Comparison, fresh: Comparison, *, old_accuracy_margin: float) -> tuple[bool, str]:
-    """(taken over?, why). Not worse on old pairs by more than the margin, and better on fresh ones: by accuracy; where
-    that is equal, or under FEW_FRESH pairs and not lower, by a lower loss. Without fresh held-out pairs nothing shows
-    that it is better: refused."""
+    """(taken over?, why). Not worse on old pairs by more than the margin, and better on fresh ones.
+
+    Better is a lower loss: it uses how sure the model is of each pair, where the accuracy of a few dozen pairs moves in
+    steps of percents. The accuracy counts beyond its own noise, one standard error of n fair coins: more above decides
+    for the new model whatever the loss, more below against it. Without fresh held-out pairs nothing shows that it is
+    better: refused.
+    """
     if old.after < old.before - old_accuracy_margin:
         return False, f"worse on old pairs: {old.before:.3f} → {old.after:.3f}, margin {old_accuracy_margin}"
     if not fresh.pairs:
         return False, "no fresh pairs are held out, so nothing shows that it is better"
-    shown = f"{fresh.before:.3f} → {fresh.after:.3f} on {fresh.pairs} fresh pairs"
-    losses = f"loss {fresh.before_loss:.3f} → {fresh.after_loss:.3f}"
-    if fresh.after < fresh.before:
+    noise, change = math.sqrt(0.25 / fresh.pairs), fresh.after - fresh.before
+    shown = (
+        f"loss {fresh.before_loss:.3f} → {fresh.after_loss:.3f}, accuracy {fresh.before:.3f} → {fresh.after:.3f} on "
+        f"{fresh.pairs} fresh pairs; on old {old.before:.3f} → {old.after:.3f}"
+    )
+    if change < -noise:
         return False, f"worse on fresh pairs: {shown}"
-    if fresh.after > fresh.before and fresh.pairs >= FEW_FRESH:
-        return True, f"better on fresh pairs: {shown}; on old {old.before:.3f} → {old.after:.3f}"
-    if fresh.after_loss < fresh.before_loss - LOSS_GAIN:
-        return True, f"better on fresh pairs by its loss: {shown}, {losses}"
-    return False, f"not better on fresh pairs: {shown}, {losses}"
+    if fresh.after_loss < fresh.before_loss - LOSS_GAIN or change > noise:
+        return True, f"better on fresh pairs: {shown}"
+    return False, f"not better on fresh pairs: {shown}"
 
 
 # ---------------------------------------------------------------- data

@@ -1,8 +1,7 @@
 """The reward service beside the bare pieces that it is made of, measured small: ratios only, as machines differ.
 
-By CPU rather than by the clock: on a busy machine, the clock says who was given a core. Slack: 85 % of the bare forward's
-throughput by CPU, and half of it by the clock, where `python -m benchmarks.reward_service` on a quiet machine must show
-90 % by the clock.
+By CPU rather than by the clock: on a busy machine, the clock says who was given a core. Slack: 85 % of the bare
+forward's throughput by CPU, half of it by the clock. `python -m benchmarks.reward_service` is to show 90 % by clock.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def taking(trained: Path, *, models: list[Path] | None = None, **rm: Any) -> Run
     return tiny_config(
         model={"kind": "pretrained", "path": str(trained / "sft" / "model")},
         sft={"epochs": 0},
-        rm={"models": paths, "threads": 1, **rm},
+        rm={"models": paths, "threads": 1, "held_out_annotators": 0, **rm},
     )
 
 
