@@ -117,7 +117,7 @@ def test_what_learned_the_fresh_pairs_takes_over(run_dir: Path, jobs: list[FitJo
     assert first.manifest.calibration is not None
     assert manifest.calibration.count == first.manifest.calibration.count  # the same answers
     assert (models.current().path / "card.json").is_file()
-    assert [event["event"] for event in events] == ["training", "accepted"]
+    assert [event["event"] for event in events] == ["training"]
     assert all(event["role"] == "refresh" and "stage" not in event for event in events)
     assert jobs[0].settings.warmup_fraction == 0.1
     # It learned on from where the first one was.
