@@ -70,6 +70,10 @@ class RmManifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     discriminator_accuracy: float | None = None
     policy_version: int | None = None
     """Newest policy version whose answers it learned from."""
+    dtype: str = "float32"
+    """That it serves in; the accuracies are in it."""
+    float32_accuracy: float | None = None
+    """What the accuracy would be in float32, where that is another type."""
     verdict: Verdict | None = None
     """The validation card's."""
     taken_from: tuple[str, ...] = ()

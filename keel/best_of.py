@@ -17,7 +17,7 @@ from cluster.text import load_tokenizer
 from configs.load import load_config
 from configs.run import RewardSection
 from keel.generate import Sampler
-from reward_service.rm_measure import Ensemble
+from reward_service.rm.measure import Ensemble
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from rich.markup import escape
 
 from cluster.errors import DataError, ModelError
 from cluster.reward_models import MANIFEST, RewardModels, RmManifest, read_manifest
-from reward_service.card_records import CARD_HTML
-from reward_service.card_render import markdown, read_card
+from reward_service.card.records import CARD_HTML
+from reward_service.card.render import markdown, read_card
 
 
 def show_card(run_dir: Path, *, version: str | None = None, console: Console | None = None) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from cluster.errors import ConfigError, KeelError
 from keel.cli_data import advise, data_app
-from keel.submit_options import SubmitOptions, command_from
+from keel.submission.options import SubmitOptions, command_from
 
 app = typer.Typer(
     name="keel",
@@ -118,7 +118,7 @@ def plan(
 ) -> None:
     """Print what goes where, what it costs in memory, and what is impossible. Starts nothing; exits 1 if not."""
     from configs.load import load_config
-    from keel.plan_command import print_plan_of
+    from keel.planning.command import print_plan_of
 
     run_config = load_config(config, overrides=overrides or [])
     fits = print_plan_of(run_config, address=address, network_gbit_per_s=network_gbit, as_json=as_json)
@@ -225,7 +225,7 @@ def scale(
 
     The number holds until the end of the run, and autoscaling pauses; a resumed run starts with rollout.actors again.
     """
-    from keel.scale import scale_run
+    from keel.online.scale import scale_run
 
     if auto == (actors is not None):
         raise ConfigError("one of --actors and --auto is needed", do="keel scale runs/demo --actors 4")
@@ -273,7 +273,7 @@ def _submit(options: SubmitOptions) -> None:
 
     Ctrl-C leaves the job running. --status, --logs and --stop are about a job submitted earlier.
     """
-    from keel.submit import submit
+    from keel.submission.submit import submit
 
     raise typer.Exit(submit(options))
 

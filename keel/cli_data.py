@@ -45,7 +45,7 @@ def data_audit(
     seed: Annotated[int, typer.Option(help="Of samples and folds.")] = 0,
 ) -> None:
     """Say what is wrong with preferences before a reward model learns it: a table, audit.json, plots."""
-    from keel.audit_command import AuditInput, audit_file
+    from keel.preferences.audit import AuditInput, audit_file
 
     what = AuditInput(preferences, columns=_columns(column), sft=sft, prompts=prompts, rebalance=rebalance)
     audit_file(what, out=out, seed=seed, say=typer.echo)
@@ -68,18 +68,17 @@ def data_build(
         float, typer.Option(min=0.5, max=1.0, help="Least share of votes for the chosen answer.")
     ] = 0.6,
     min_votes: Annotated[int, typer.Option(min=1, help="Fewest votes a pair needs.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Records to read.")] = None,
     seed: Annotated[int, typer.Option(help="Of draws.")] = 0,
 ) -> None:
     """Make preference pairs from whatever people gave: majority of votes, rankings, ratings as z-scores.
 
     Counts every record: used, merged, or refused with its line and reason.
     """
-    from keel.build_command import BuildOptions, build
+    from keel.preferences.build import BuildOptions, build
 
     options = BuildOptions(
         columns=_columns(column), rebalance=rebalance, held_out=hold_out, min_confidence=min_confidence,
-        min_votes=min_votes, limit=limit, seed=seed,
+        min_votes=min_votes, seed=seed,
     )  # fmt: skip
     build(source, out=out, options=options, say=typer.echo)
 
@@ -97,8 +96,8 @@ def advise(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON; asks nothing.")] = False,
 ) -> None:
     """RLHF, DPO, rules or SFT: which fits, why, and what would change that. On a terminal, asks what is not given."""
-    from keel.advise_command import advise_command
-    from reward_service.advise import Answers
+    from keel.preferences.advise import advise_command
+    from reward_service.audit.advise import Answers
 
     answers = Answers(factual=factual, verifiable=verifiable, baseline=baseline, latency_ms=latency_ms)
     advise_command(preferences, answers=answers, as_json=as_json, say=typer.echo)

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.errors import ConfigError
 from cluster.files import atomic_write_bytes
 from configs.run import RunConfig
-from reward_service.constitution_file import CONSTITUTION_FILE
+from reward_service.rewards.constitution_file import CONSTITUTION_FILE
 
 
 def keep_constitution(config: RunConfig, run_dir: Path) -> None:

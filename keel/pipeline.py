@@ -13,12 +13,12 @@ from configs.run import STAGES, RunConfig, Stage
 from keel.constitution import keep_constitution
 from keel.display import Display
 from keel.interrupt import InterruptedRun, stop_on_signal
-from keel.plan_gate import check_cluster, check_this_machine
+from keel.planning.gate import check_cluster, check_this_machine
 from keel.roles import Roles
 from keel.rundir import RunDirectory, open_run
 from keel.runtime import Runtime
 from keel.stages import STAGE_FUNCTIONS
-from reward_service.compose import check_rewards
+from reward_service.rewards.compose import check_rewards
 
 INTERRUPTED_EXIT_CODE = 130
 

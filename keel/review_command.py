@@ -24,9 +24,9 @@ from cluster.review_queue import Kind, Progress, ReviewItem, ReviewQueue
 from configs.run import ReviewSection, RunConfig
 from keel.living import config_of
 from keel.review_queue import RunQueue, queue_from, read_pairs
-from reward_service.review_files import CAUGHT_FILE, REVIEWS_FILE, ReviewFiles
-from reward_service.review_page import PageSettings, ReviewPage, make_app
-from reward_service.review_session import Access
+from reward_service.review.files import CAUGHT_FILE, REVIEWS_FILE, ReviewFiles
+from reward_service.review.page import PageSettings, ReviewPage, make_app
+from reward_service.review.session import Access
 
 TOKEN_VARIABLE = "KEEL_REVIEW_TOKEN"
 DEFAULT_PORT = 8642

@@ -204,8 +204,8 @@ class Roles:
 
     def _plan(self) -> str:
         """The table of the whole run, where the living nodes cannot hold all of it."""
-        from keel.plan import unplaceable
-        from keel.plan_view import ClusterView
+        from keel.planning.plan import unplaceable
+        from keel.planning.view import ClusterView
 
         return unplaceable(self._runtime.config, cluster=ClusterView.from_ray(self._runtime.ray)) or ""
 

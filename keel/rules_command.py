@@ -19,9 +19,9 @@ from cluster.data_tables import Unreadable, scan_table
 from cluster.dialogues import Rejection, check_answer, check_prompt, compare_dialogues
 from cluster.errors import ConfigError, DataError, ScoringError
 from configs.run import FileSource
-from reward_service.constitution import Constitution, Hit, load_constitution
-from reward_service.constitution_file import RuleText
-from reward_service.reward_sources import TextSample
+from reward_service.rewards.constitution import Constitution, Hit, load_constitution
+from reward_service.rewards.constitution_file import RuleText
+from reward_service.rewards.sources import TextSample
 
 _GIVEN = "given"
 """The kind of answers that stand in no file."""

@@ -12,7 +12,7 @@ from cluster.text import resolve_model_dir
 from configs.run import PretrainedModel, RunConfig, Stage
 from keel.collect import collect_preferences
 from keel.evaluate import evaluate_run
-from keel.online import run_online
+from keel.online.stage import run_online
 from keel.report import write_report
 from keel.roles import Roles
 from keel.rundir import append_progress
@@ -75,7 +75,7 @@ def rm(runtime: Runtime, roles: Roles) -> None:
         return
     roles.clear_gpu()
     runtime.call(
-        _offline, "reward_service.rm_train:run_rm", config, runtime.run.path, threads=config.rm.threads,
+        _offline, "reward_service.rm.train:run_rm", config, runtime.run.path, threads=config.rm.threads,
         gpus=config.learner.gpus_per_rank,
     )  # fmt: skip
 

@@ -100,11 +100,15 @@ class _Lane:
             else:
                 future.set_result(result)  # type: ignore[arg-type]  # R may itself be None
 
+        todo = [function]
+
         def run() -> None:
             result: R | None = None
             error: BaseException | None = None
             try:
-                result = function()
+                # Let go of before the caller hears of the result: what the function holds, models above all, is freed
+                # by the caller. A daemon thread that frees them while the process ends would abort it.
+                result = todo.pop()()
             except BaseException as caught:  # carried to the caller, whatever it is
                 error = caught
             # A closed loop refuses: the caller is gone, and so is whoever wanted the result.
@@ -120,3 +124,4 @@ class _Lane:
     def _work(self) -> None:
         while (call := self._calls.get()) is not _CLOSE:
             call()
+            del call  # or it would live until the next one comes

@@ -29,7 +29,7 @@ from reward_service.cache import CacheSettings, ScoreCache
 from reward_service.forward_thread import ForwardThread
 from reward_service.hot_swap import ModelWatch
 from reward_service.model_loading import ModelLoader
-from reward_service.review_feed import FeedSettings, ReviewFeed
+from reward_service.review.feed import FeedSettings, ReviewFeed
 from reward_service.serving import Rewarding, Serving
 from reward_service.worker import RewardWorker, WorkerSettings, first_leaf
 from reward_service.worker_metrics import ExportedMetrics
@@ -275,8 +275,8 @@ async def _serve(spec: RewardSpec) -> None:
 
 
 def _rewarding(spec: RewardSpec) -> Rewarding:
-    from reward_service.compose import make_composer
-    from reward_service.constitution_file import CONSTITUTION_FILE
+    from reward_service.rewards.compose import make_composer
+    from reward_service.rewards.constitution_file import CONSTITUTION_FILE
 
     reward = spec.config.reward
     if reward.constitution is not None:  # the run's own copy, which every node sees

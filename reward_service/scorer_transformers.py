@@ -29,7 +29,7 @@ from cluster.reward_models import StoredRm
 from cluster.stored_models import load_stored
 from cluster.text import load_tokenizer
 from reward_service.batcher import forward_groups
-from reward_service.rm_measure import float32_head, load_for_scoring
+from reward_service.rm.measure import float32_head, load_for_scoring
 from reward_service.scorer import Scores
 
 log = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from cluster.records import DeadLetter, Rollout, RuleVerdict, ScoredRollout, pac
 from cluster.reward_models import Calibration, StoredRm
 from configs.reward import RewardSection
 from reward_service.aggregate import aggregate, judge_spread, spread, spread_limit
-from reward_service.reward_sources import TextSample
+from reward_service.rewards.sources import TextSample
 from reward_service.scorer import Scorer, Scores
 
 if TYPE_CHECKING:
-    from reward_service.compose import Composer
+    from reward_service.rewards.compose import Composer
 
 Verdicts = tuple[RuleVerdict, ...]
 Outcome = ScoredRollout | DeadLetter | ScoringError

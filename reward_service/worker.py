@@ -38,7 +38,7 @@ from reward_service.batch_scoring import BatchScoring, CacheUpdate
 from reward_service.batcher import Batcher, BatchLimits
 from reward_service.forward_thread import StuckError
 from reward_service.outcomes import Held, Outcomes, Step, round_trips
-from reward_service.reward_sources import SourceDownError
+from reward_service.rewards.sources import SourceDownError
 from reward_service.serving import Outcome
 from reward_service.worker_metrics import WorkerMetrics
 

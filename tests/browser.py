@@ -19,9 +19,9 @@ import pytest
 import uvicorn
 
 from cluster.review_queue import ReviewItem, ReviewQueue
-from reward_service.review_files import ReviewFiles
-from reward_service.review_page import PageSettings, ReviewPage, make_app
-from reward_service.review_session import Access
+from reward_service.review.files import ReviewFiles
+from reward_service.review.page import PageSettings, ReviewPage, make_app
+from reward_service.review.session import Access
 
 TOKEN: Final = "a-token-for-tests"
 _START_TIMEOUT_S: Final = 20.0

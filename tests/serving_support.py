@@ -10,7 +10,7 @@ from cluster.stores import MemoryScores
 from reward_service.batch_scoring import BatchScoring
 from reward_service.cache import CacheSettings, ScoreCache
 from reward_service.forward_thread import ForwardThread
-from reward_service.review_feed import ReviewFeed
+from reward_service.review.feed import ReviewFeed
 from reward_service.scorer import Scorer
 from reward_service.serving import Rewarding
 from reward_service.worker import RewardWorker

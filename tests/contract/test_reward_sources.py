@@ -18,9 +18,9 @@ import pytest
 from cluster.errors import ScoringError
 from configs.reward import HttpReward
 from reward_service.forward_thread import StuckError
-from reward_service.http_reward import HttpSource
-from reward_service.reward_sources import FunctionSource, RewardSource, TextSample
-from reward_service.text_function import TextFunction
+from reward_service.rewards.http import HttpSource
+from reward_service.rewards.sources import FunctionSource, RewardSource, TextSample
+from reward_service.rewards.text_function import TextFunction
 from tests.reward_server import RewardServer, reward_server
 
 LIMIT_S = 0.3

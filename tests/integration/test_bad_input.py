@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from cluster.redis_server import EmbeddedServer
+from cluster.reward_models import RewardModels
 from tests.integration.runs import KEEL, Run, adopt, assert_all_gone, settings, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -155,7 +156,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_what_was_done(prepared_run: Path, tmp
         )
         ended(run, "checkpoint", "No space left")
         assert run.metrics(), "the steps before stay on record"
-        assert (run.path / "rm" / "manifest.json").is_file()
+        assert RewardModels(run.path / "rm").exists()
     finally:
         subprocess.run(["umount", str(checkpoints)], check=True)
 

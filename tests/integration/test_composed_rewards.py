@@ -13,8 +13,8 @@ from cluster.records import Rollout, RuleVerdict
 from cluster.reward_models import Calibration
 from configs.reward import FunctionReward, HttpReward, ModelReward, RewardSection
 from reward_service.batch_scoring import BatchScoring
-from reward_service.compose import make_composer
 from reward_service.forward_thread import ForwardThread
+from reward_service.rewards.compose import make_composer
 from reward_service.serving import Rewarding, Serving
 from reward_service.worker import RewardWorker
 from reward_service.worker_metrics import NoMetrics

@@ -21,8 +21,8 @@ from examples.support_desk.annotators import judge
 from learner.model_init import make_model
 from learner.sft import encode_examples, run_sft
 from reward_service.preferences import Candidate, collect_pairs
-from reward_service.rm_measure import score_sequences
-from reward_service.rm_train import run_rm
+from reward_service.rm.measure import score_sequences
+from reward_service.rm.train import run_rm
 
 
 def tiny_config(**sections: Any) -> RunConfig:

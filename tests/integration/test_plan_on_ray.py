@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from keel.plan import request_from_ray
-from keel.plan_view import ClusterView
+from keel.planning.plan import request_from_ray
+from keel.planning.view import ClusterView
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from cluster.data_records import PreferencePair, read_rows
 from cluster.redis_server import EmbeddedServer, packaged_binary
 from cluster.review_queue import Judgement, ReviewItem, standing
 from cluster.run_redis import RunRedis
-from reward_service.review_page import PageSettings
-from reward_service.review_session import is_swapped
+from reward_service.review.page import PageSettings
+from reward_service.review.session import is_swapped
 from tests.browser import TOKEN, ServedPage, require_chromium
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from cluster.text import load_tokenizer
 from configs.run import FunctionReward, RunConfig
 from learner.sft import run_sft
 from reward_service.aggregate import aggregate
-from reward_service.rm_fit import FitJob, fit
-from reward_service.rm_loss import LossSettings
-from reward_service.rm_measure import Ensemble
-from reward_service.rm_members import fit_all
-from reward_service.rm_pairs import EncodedPair, encode_pairs, load_pairs
-from reward_service.rm_train import run_rm
+from reward_service.rm.fit import FitJob, fit
+from reward_service.rm.loss import LossSettings
+from reward_service.rm.measure import Ensemble
+from reward_service.rm.members import fit_all
+from reward_service.rm.pairs import EncodedPair, encode_pairs, load_pairs
+from reward_service.rm.train import run_rm
 from tests.integration.test_offline_stages import prepared, tiny_config
 
 RM: dict[str, Any] = {"epochs": 1, "threads": 1, "held_out_annotators": 0, "batch_size": 16, "accept_red": True}
@@ -170,11 +170,11 @@ def test_without_a_reward_model_in_the_reward_there_is_nothing_to_do(started: Pa
 TRAIN_FOR_LONG = """
 import sys
 from pathlib import Path
-from reward_service.rm_members import fit_all
+from reward_service.rm.members import fit_all
 from tests.integration.test_rm_ensembles import RM, job, tiny_config
 from cluster.hf_training import FitSettings
 from cluster.text import load_tokenizer
-from reward_service.rm_pairs import load_pairs
+from reward_service.rm.pairs import load_pairs
 
 if __name__ == "__main__":
     run_dir = Path(sys.argv[1])
@@ -191,7 +191,7 @@ def test_no_process_outlives_a_parent_that_was_killed(started: Path, tmp_path: P
     script.write_text(TRAIN_FOR_LONG)
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    command = [sys.executable, script, started]
+    command = [sys.executable, str(script), str(started)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as parent:
         assert parent.stdout is not None
         assert b"loss" in parent.stdout.readline()

@@ -20,11 +20,11 @@ from cluster.reward_models import RewardModels
 from cluster.text import load_tokenizer
 from configs.run import RunConfig
 from learner.sft import run_sft
-from reward_service.rm_fit import FitJob
-from reward_service.rm_members import fit_all
-from reward_service.rm_pairs import load_pairs
-from reward_service.rm_refresh import Comparison, RefreshRequest, decide, refresh_rm
-from reward_service.rm_train import run_rm
+from reward_service.rm.fit import FitJob
+from reward_service.rm.members import fit_all
+from reward_service.rm.pairs import load_pairs
+from reward_service.rm.refresh import Comparison, RefreshRequest, decide, refresh_rm
+from reward_service.rm.train import run_rm
 from tests.integration.test_offline_stages import prepared, tiny_config
 
 HACK = "you are amazing."
@@ -91,7 +91,7 @@ def make_jobs(monkeypatch: pytest.MonkeyPatch) -> list[FitJob]:
         given.extend(jobs)
         fit_all(jobs, **options)
 
-    monkeypatch.setattr("reward_service.rm_refresh.fit_all", watching)
+    monkeypatch.setattr("reward_service.rm.refresh.fit_all", watching)
     return given
 
 
@@ -156,15 +156,13 @@ def test_what_did_not_get_better_is_refused_and_kept(run_dir: Path) -> None:
     models = RewardModels(run_dir / "rm")
     first = models.current()
     still = config_of(refresh={"learning_rate": 1e-12, "epochs": 1})
-    events: list[dict[str, Any]] = []
-    outcome = refresh_rm(still, run_dir, request(fresh_file(run_dir)), events.append)
+    outcome = refresh_rm(still, run_dir, request(fresh_file(run_dir)), nothing)
     assert not outcome.accepted
     assert "not better on fresh pairs" in outcome.why
     assert models.current().version == first.version
     assert [one.version for one in models.versions()] == [first.version]
     assert (run_dir / "rm" / "refused" / outcome.version / "card.html").is_file()
     assert models.next_number == 3
-    assert events[-1]["event"] == "refused"
 
 
 def test_every_member_learns_on_from_its_own_weights_with_its_own_draw(tmp_path: Path, jobs: list[FitJob]) -> None:

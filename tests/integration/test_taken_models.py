@@ -18,7 +18,7 @@ from cluster.reward_models import RewardModels, RmManifest, StoredRm
 from cluster.stored_models import stored_dtype
 from configs.run import RunConfig
 from learner.sft import run_sft
-from reward_service.rm_train import run_rm
+from reward_service.rm.train import run_rm
 from tests.integration.test_offline_stages import prepared, tiny_config
 
 Weights = dict[str, torch.Tensor]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from reward_service.rm_loss import LossSettings, pair_losses, weighted_mean
+from reward_service.rm.loss import LossSettings, pair_losses, weighted_mean
 
 
 def losses(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError, DataError
-from keel.advise_command import advise_command
-from reward_service.advise import Advice, Answers, advise
-from reward_service.audit_records import AUDIT_FILE, Audit, Finding, Number, encode_audit
+from keel.preferences.advise import advise_command
+from reward_service.audit.advise import Advice, Answers, advise
+from reward_service.audit.records import AUDIT_FILE, Audit, Finding, Number, encode_audit
 
 
 def audited(

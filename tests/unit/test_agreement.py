@@ -16,7 +16,7 @@ from cluster.ratings import Rating
 from examples.support_desk.annotators import judge
 from examples.support_desk.phrases import CITIES, DAYS, ISSUES, OPENINGS, prompt_of
 from examples.support_desk.world import mediocre_answer
-from reward_service.agreement import LENGTH, agreement, alpha_interval, biases, votes_of
+from reward_service.audit.agreement import LENGTH, agreement, alpha_interval, biases, votes_of
 from reward_service.preferences import Candidate, Judge, collect_pairs
 
 

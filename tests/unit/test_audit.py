@@ -13,15 +13,15 @@ from cluster.errors import DataError
 from examples.support_desk.annotators import judge
 from examples.support_desk.phrases import CITIES, DAYS, ISSUES, OPENINGS, prompt_of
 from examples.support_desk.world import mediocre_answer
-from reward_service.agreement import votes_of
-from reward_service.audit import Around, Records, audit, confidence, size
-from reward_service.audit_duplicates import duplicates, prompt_overlap
-from reward_service.audit_leakage import order_only
-from reward_service.audit_lengths import correlations, histogram, length_unit, lengths_of, longer_preferred
-from reward_service.audit_records import Audit, Finding, decode_audit, encode_audit
-from reward_service.audit_words import drawing_words
+from reward_service.audit.agreement import votes_of
+from reward_service.audit.audit import Around, Records, audit, confidence, size
+from reward_service.audit.duplicates import duplicates, prompt_overlap
+from reward_service.audit.leakage import order_only
+from reward_service.audit.lengths import correlations, histogram, length_unit, lengths_of, longer_preferred
+from reward_service.audit.rebalance import How
+from reward_service.audit.records import Audit, Finding, decode_audit, encode_audit
+from reward_service.audit.words import drawing_words
 from reward_service.preferences import Candidate, collect_pairs
-from reward_service.rebalance import How
 
 WORDS = [f"word{number}" for number in range(400)]
 

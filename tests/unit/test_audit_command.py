@@ -16,11 +16,11 @@ from rich.console import Console
 
 from cluster.data_records import PreferencePair, PromptRecord, SftExample, write_rows
 from cluster.errors import DataError
-from keel.audit_command import AuditInput, audit_file, load_audit
-from keel.audit_plots import write_plots
-from keel.audit_table import plain, render
-from reward_service.audit_records import AUDIT_FILE, AnnotatorFacts, Audit, Leaning, Share, Stratum, decode_audit
-from reward_service.cues import Cue
+from keel.preferences.audit import AuditInput, audit_file, load_audit
+from keel.preferences.plots import write_plots
+from keel.preferences.table import plain, render
+from reward_service.audit.cues import Cue
+from reward_service.audit.records import AUDIT_FILE, AnnotatorFacts, Audit, Leaning, Share, Stratum, decode_audit
 
 HARMLESS = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless" / "pairs.jsonl.gz"
 PNG = b"\x89PNG"

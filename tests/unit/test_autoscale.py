@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.run import AutoscaleSection
-from keel.autoscale import Autoscaler, Load, LoadWindow, decide
+from keel.online.autoscale import Autoscaler, Load, LoadWindow, decide
 
 SECTION = AutoscaleSection(
     min_actors=1, max_actors=4, add_above_learner_idle=0.25, remove_above_actor_idle=0.5, window_s=10, cool_down_s=30

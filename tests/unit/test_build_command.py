@@ -10,8 +10,8 @@ import pytest
 
 from cluster.data_records import PreferencePair, read_rows
 from cluster.errors import DataError
-from keel.build_command import BuildOptions, Built, build
-from reward_service.annotations import load_preferences
+from keel.preferences.build import BuildOptions, Built, build
+from reward_service.audit.annotations import load_preferences
 
 NAMES = ("ann", "bo", "cy", "di", "ed")
 

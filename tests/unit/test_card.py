@@ -18,8 +18,8 @@ from examples.support_desk.annotators import PANEL, SHARPNESS
 from examples.support_desk.gold import gold_reward
 from examples.support_desk.phrases import CITIES, DAYS, FLATTERY, ISSUES, prompt_of
 from examples.support_desk.world import mediocre_answer
-from reward_service.card import card_settings, make_card, validate_rm, write_card
-from reward_service.card_records import (
+from reward_service.card.card import card_settings, make_card, validate_rm, write_card
+from reward_service.card.records import (
     Card,
     CardData,
     CardInputs,
@@ -31,7 +31,7 @@ from reward_service.card_records import (
     Scorers,
     Texts,
 )
-from reward_service.card_render import html_page, markdown, read_card
+from reward_service.card.render import html_page, markdown, read_card
 
 NAMES = ("ann", "bob", "cyd", "dee", "eve")
 

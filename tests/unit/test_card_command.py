@@ -12,8 +12,8 @@ from cluster.data_records import PreferencePair
 from cluster.errors import DataError, ModelError
 from cluster.reward_models import RewardModels, RmManifest
 from keel.card_command import show_card
-from reward_service.card import validate_rm, write_card
-from reward_service.card_records import CardInputs, Scored, ScoredPair
+from reward_service.card.card import validate_rm, write_card
+from reward_service.card.records import CardInputs, Scored, ScoredPair
 
 PAIR = PreferencePair(pair_id="1", prompt="why?", chosen="because", rejected="no")
 

@@ -12,8 +12,8 @@ from cluster.errors import ConfigError, ScoringError
 from cluster.records import RuleVerdict
 from cluster.reward_models import Calibration
 from configs.reward import FunctionReward, HttpReward, ModelReward, RewardSection
-from reward_service.compose import Composed, Composer, TextSample, WeightedSource, check_rewards, make_composer
-from reward_service.constitution import Constitution, load_constitution
+from reward_service.rewards.compose import Composed, Composer, TextSample, WeightedSource, check_rewards, make_composer
+from reward_service.rewards.constitution import Constitution, load_constitution
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -13,8 +13,8 @@ import pytest
 from cluster.errors import ConfigError, ScoringError
 from configs.reward import RewardSection
 from configs.yaml_text import parse_yaml
-from reward_service.constitution import PATTERN_LIMIT_S, Constitution, load_constitution
-from reward_service.reward_sources import TextSample
+from reward_service.rewards.constitution import PATTERN_LIMIT_S, Constitution, load_constitution
+from reward_service.rewards.sources import TextSample
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.data_records import PreferencePair
-from reward_service.cues import TermCounts, contrast, false_discovery_rates, lexical_cues, terms, two_sided_p
+from reward_service.audit.cues import TermCounts, contrast, false_discovery_rates, lexical_cues, terms, two_sided_p
 
 WORDS = [f"word{number}" for number in range(300)]
 

@@ -17,8 +17,8 @@ import typer.main
 
 from configs.run import NewModel, PretrainedModel
 from keel.cli import app
-from keel.plan import make_plan
-from keel.plan_view import ClusterView, NodeView
+from keel.planning.plan import make_plan
+from keel.planning.view import ClusterView, NodeView
 from tests.deploy_support import (
     DEPLOY,
     DOCKERFILES,

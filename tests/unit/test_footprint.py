@@ -35,7 +35,7 @@ from cluster.footprint import (
 from configs.load import load_config
 from configs.run import LoraSection, NewModel, PretrainedModel, RunConfig
 from learner import head
-from reward_service import rm_measure
+from reward_service.rm import measure as rm_measure
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import weakref
 
 import pytest
 
@@ -49,3 +50,19 @@ async def test_a_time_out_of_the_function_itself_is_its_own_error() -> None:
 
     with pytest.raises(TimeoutError, match="from inside"):
         await ForwardThread().call(time_out, timeout_s=LONG_S)
+
+
+async def test_what_a_call_held_is_freed_when_it_is_over() -> None:
+    """A model that was swapped out must not live on in the thread that ran it last."""
+
+    class Model:
+        def score(self) -> int:
+            return 7
+
+    thread = ForwardThread()
+    model = Model()
+    gone = weakref.ref(model)
+    assert await thread.call(model.score, timeout_s=LONG_S) == 7
+    del model
+    assert gone() is None
+    thread.close()

@@ -18,8 +18,8 @@ from cluster.rm_announcement import MemoryRewardModelBoard, RmAnnouncement
 from cluster.stores import MemoryScores
 from learner.batch import train_batch
 from learner.score_scale import ScoreScale
-from reward_service.compose import Composed, Composer
 from reward_service.hot_swap import ModelWatch, WatchTimes
+from reward_service.rewards.compose import Composed, Composer
 from reward_service.scorer import ScriptedScorer
 from reward_service.serving import Rewarding, Serving
 from reward_service.worker import WorkerSettings

@@ -10,9 +10,9 @@ import pytest
 
 from cluster.errors import ConfigError, ScoringError
 from configs.reward import HttpReward
-from reward_service.breaker import Breaker
-from reward_service.http_reward import HttpSource, HttpTime
-from reward_service.reward_sources import SourceDownError, TextSample
+from reward_service.rewards.breaker import Breaker
+from reward_service.rewards.http import HttpSource, HttpTime
+from reward_service.rewards.sources import SourceDownError, TextSample
 from tests.reward_server import Reply, RewardServer, reward_server
 
 pytestmark = pytest.mark.timeout(60)

@@ -11,7 +11,7 @@ from cluster.data_records import Prompt
 from cluster.errors import ConfigError
 from cluster.review_queue import Judgement, MemoryReviewQueue, Verdict
 from configs.load import load_config
-from keel.judges import NO_PREFERENCE, NOT_JUDGED, FunctionJudge, People, ask_people, make_judge
+from keel.online.judges import NO_PREFERENCE, NOT_JUDGED, FunctionJudge, People, ask_people, make_judge
 from reward_service.preferences import EMPTY, IDENTICAL, LOW_CONFIDENCE, Candidate, Collected
 
 REFRESH = "rm.refresh={every_versions: 4}"

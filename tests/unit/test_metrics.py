@@ -69,7 +69,20 @@ MUST_HAVE = {
 }
 
 
-LABELS = {"worker", "state", "stream", "stage", "layer", "phase", "model", "transport", "decision", "le", "outcome", "version"}
+LABELS = {
+    "worker",
+    "state",
+    "stream",
+    "stage",
+    "layer",
+    "phase",
+    "model",
+    "transport",
+    "decision",
+    "le",
+    "outcome",
+    "version",
+}
 
 
 def get(url: str) -> tuple[int, str, str]:

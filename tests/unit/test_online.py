@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from configs.load import load_config
-from keel import online
 from keel.interrupt import InterruptedRun
+from keel.online import stage as online
 from keel.roles import Roles
 from keel.rundir import open_run
 from keel.runtime import Runtime

@@ -17,9 +17,9 @@ from cluster.errors import RunExistsError
 from cluster.redis_server import EmbeddedServer
 from cluster.run_redis import RunRedis
 from configs.run import DataSection, MetricsSection, RunConfig
-from keel import overseer as module
-from keel.overseer import Overseer
-from keel.scaler import Scaler
+from keel.online import overseer as module
+from keel.online.overseer import Overseer
+from keel.online.scaler import Scaler
 from tests.unit.test_scaler import FakePool
 
 CONFIG = RunConfig(name="held", data=DataSection(), metrics=MetricsSection(enabled=False))

@@ -17,11 +17,18 @@ from cluster.errors import ConfigError
 from configs.load import load_config, preset_names
 from configs.run import RunConfig
 from keel.cli import app
-from keel.plan import Plan, impossible_anywhere, make_plan, require_placeable, unplaceable, wait_until_placeable
-from keel.plan_gate import check_this_machine
-from keel.plan_placement import Process, assign
-from keel.plan_table import plan_data, plan_text
-from keel.plan_view import ClusterView, NodeView, visible_gpus
+from keel.planning.gate import check_this_machine
+from keel.planning.placement import Process, assign
+from keel.planning.plan import (
+    Plan,
+    impossible_anywhere,
+    make_plan,
+    require_placeable,
+    unplaceable,
+    wait_until_placeable,
+)
+from keel.planning.table import plan_data, plan_text
+from keel.planning.view import ClusterView, NodeView, visible_gpus
 
 GIB = 1 << 30
 QWEN_7B = {

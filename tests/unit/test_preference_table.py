@@ -17,7 +17,7 @@ from cluster.data_tables import Located
 from cluster.errors import DataError
 from cluster.judgements import FIELDS, Judged, parse
 from configs.run import DataSection, FileSource, RunConfig
-from reward_service.annotations import (
+from reward_service.audit.annotations import (
     LoadedPreferences,
     Vote,
     held_out_annotators,

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from cluster.data_records import PreferencePair
-from reward_service.cues import Cue, lexical_cues, terms
-from reward_service.probes import PROBE_KINDS, Probe, build_probes, sentences, topic_of
+from reward_service.audit.cues import Cue, lexical_cues, terms
+from reward_service.card.probes import PROBE_KINDS, Probe, build_probes, sentences, topic_of
 
 SUBJECTS = ("gardens", "bridges", "violins", "glaciers", "bakeries", "lighthouses", "orchids", "railways")
 

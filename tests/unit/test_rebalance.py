@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from cluster.data_records import PreferencePair
-from reward_service.rebalance import (
+from reward_service.audit.rebalance import (
     CAP,
     inverse_frequency_weights,
     rebalance,

@@ -24,12 +24,12 @@ from cluster.errors import SupervisionError
 from cluster.files import read_jsonl
 from cluster.supervise import RolePool
 from configs.run import RunConfig
-from keel.fresh_pairs import PairSampler
-from keel.judges import FunctionJudge
-from keel.refresh import REFRESHES_FILE, Refresher
+from keel.online.fresh_pairs import PairSampler
+from keel.online.judges import FunctionJudge
+from keel.online.refresh import REFRESHES_FILE, Refresher
 from keel.runtime import Runtime
 from keel.sampling import load_questions
-from reward_service.rm_refresh import Comparison, RefreshOutcome, RefreshRequest
+from reward_service.rm.refresh import Comparison, RefreshOutcome, RefreshRequest
 from tests.run_support import prepare_run
 
 SECTION = (

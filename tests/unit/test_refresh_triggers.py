@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from configs.run import RefreshSection
-from reward_service.refresh_triggers import RefreshProgress, probe_due, refresh_reason
+from reward_service.rm.triggers import RefreshProgress, probe_due, refresh_reason
 
 
 def section(**fields: Any) -> RefreshSection:

@@ -11,7 +11,7 @@ import pytest
 from cluster.errors import ScoringError, StreamError
 from cluster.records import DeadLetter, RuleVerdict, ScoredRollout, pack_floats
 from cluster.review_queue import MemoryReviewQueue, ReviewItem
-from reward_service.review_feed import FeedSettings, ReviewFeed, is_audited
+from reward_service.review.feed import FeedSettings, ReviewFeed, is_audited
 from reward_service.scorer import Scores, ScriptedScorer
 from reward_service.serving import Measured, Outcome
 from tests.reward_support import LONG_S, Watch, World, rollout

@@ -13,8 +13,8 @@ import pytest
 from cluster.data_records import PreferencePair, read_rows
 from cluster.errors import ConfigError, DataError
 from cluster.review_queue import Judgement, Recorded, ReviewItem, Verdict
-from reward_service.review_files import ReviewFiles, read_reviews
-from reward_service.rm_caught import read_caught
+from reward_service.review.files import ReviewFiles, read_reviews
+from reward_service.rm.caught import read_caught
 
 PAIR = ReviewItem(item_id="p", kind="pair", prompt="why?", answers=("one", "two"), policy_versions=(3, 5))
 OTHER = ReviewItem(item_id="o", kind="pair", prompt="how?", answers=("yes", "no"))

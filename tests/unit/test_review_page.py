@@ -12,9 +12,9 @@ import pytest
 
 from cluster.errors import ConfigError, StreamError
 from cluster.review_queue import MemoryReviewQueue, Progress, ReviewItem
-from reward_service.review_files import ReviewFiles
-from reward_service.review_page import PageSettings, ReviewPage, make_app
-from reward_service.review_session import SESSION_S, Access, Guesses, annotator_name, is_swapped
+from reward_service.review.files import ReviewFiles
+from reward_service.review.page import PageSettings, ReviewPage, make_app
+from reward_service.review.session import SESSION_S, Access, Guesses, annotator_name, is_swapped
 
 TOKEN = "a-token-for-tests"
 OWN = {"x-keel-review": "1"}

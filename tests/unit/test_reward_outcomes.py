@@ -14,7 +14,7 @@ from cluster.streams import Hop, StreamName
 from reward_service import worker as worker_module
 from reward_service.batch_scoring import CacheUpdate
 from reward_service.outcomes import Held, round_trips
-from reward_service.reward_sources import SourceDownError
+from reward_service.rewards.sources import SourceDownError
 from reward_service.serving import Outcome
 from reward_service.worker import RewardWorker, WorkerTime
 from tests.reward_support import LONG_S, ManualClock, World, rollout

@@ -11,7 +11,7 @@ import pytest
 from cluster.data_records import PreferencePair, stable_prompt_id
 from cluster.errors import DataError
 from configs.run import DataSection, RmSection, RunConfig, WorldSource
-from reward_service.rm_pairs import (
+from reward_service.rm.pairs import (
     EncodedPair,
     held_out_position,
     member_share,

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from cluster.errors import DataError
-from reward_service.rm_statistics import (
+from reward_service.card.statistics import (
     histogram,
     histogram_edges,
     ks_distance,

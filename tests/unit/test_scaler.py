@@ -17,8 +17,8 @@ from cluster.run_redis import RunRedis
 from configs.load import dump_config
 from configs.run import AutoscaleSection, DataSection, RolloutSection, RunConfig
 from keel.living import redis_url_of
-from keel.scale import ask, scale_run
-from keel.scaler import Scaler
+from keel.online.scale import ask, scale_run
+from keel.online.scaler import Scaler
 
 
 @dataclass

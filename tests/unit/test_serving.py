@@ -12,8 +12,8 @@ from cluster.records import DeadLetter, RuleVerdict, ScoredRollout
 from cluster.reward_models import Calibration
 from cluster.stores import MemoryScores
 from configs.reward import RewardSection
-from reward_service.compose import Composed, Composer
-from reward_service.reward_sources import TextSample
+from reward_service.rewards.compose import Composed, Composer
+from reward_service.rewards.sources import TextSample
 from reward_service.scorer import NO_MODEL, Scores, ScriptedScorer
 from reward_service.serving import Measured, Outcome, Rewarding, Serving
 from tests.reward_support import Watch, World, rollout

@@ -18,11 +18,11 @@ import yaml
 
 from cluster.errors import ConfigError, SupervisionError
 from configs.load import load_config
-from keel import submit_package
-from keel.ray_jobs import JobState, RayJobs
-from keel.submit import Secret, entrypoint, parse_secret, read_env_file, submit
-from keel.submit_options import SubmitOptions
-from keel.submit_package import CONFIG_NAME, plan_package, write_package
+from keel.submission import package as submit_package
+from keel.submission.options import SubmitOptions
+from keel.submission.package import CONFIG_NAME, plan_package, write_package
+from keel.submission.ray_jobs import JobState, RayJobs
+from keel.submission.submit import Secret, entrypoint, parse_secret, read_env_file, submit
 
 RUNS = "runs_dir=/shared/runs"
 
@@ -260,7 +260,7 @@ def follow(server: Server, monkeypatch: pytest.MonkeyPatch, *, final_log: str) -
 
     monkeypatch.setattr(jobs, "state", state)
     monkeypatch.setattr(jobs, "log", lambda _job: final_log)
-    monkeypatch.setattr("keel.ray_jobs._RETRY_S", 0.0)
+    monkeypatch.setattr("keel.submission.ray_jobs._RETRY_S", 0.0)
     written: list[str] = []
     return_state = asyncio.run(jobs.follow("j", write=written.append))
     return "".join(written), return_state
@@ -274,7 +274,7 @@ def test_a_broken_connection_repeats_and_loses_nothing(monkeypatch: pytest.Monke
 
 
 def test_what_no_cluster_can_run_is_not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keel.submit.prepare_ray_environment", lambda: None)  # it would stay for later tests
+    monkeypatch.setattr("keel.submission.submit.prepare_ray_environment", lambda: None)  # it would stay for later tests
     options = SubmitOptions(
         config="demo_ci", overrides=[RUNS, "rollout.kv_cache_gib=0.00001"], address="http://127.0.0.1:1"
     )

@@ -1,0 +1,280 @@
+"""The driver's side of updating the reward model while the policy trains: when a refresh is due, fresh pairs are
+sampled and judged, a process of its own fine-tunes on them, and a version that is accepted is announced to the workers.
+
+Consumes: the learner's step records; answers of the rollout actors; labels of the judge. Produces: fresh preferences
+(data/fresh_preferences.jsonl), reward-model versions, `announce` (for the overseer's thread), refreshes.jsonl.
+Waits: never; `step` is called from the driver's watch loop and goes on with what is under way. Who unblocks it: the
+actors, the judge (people: rm.refresh.label_timeout_s), the training process.
+Always holds: one refresh at a time; a refresh that fails or is refused leaves the old version in place and the run
+going; the judge is never asked for more than rm.refresh.budget_pairs pairs, restarts included.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+from cluster.data_records import FRESH_PREFERENCES_FILE, PreferencePair, append_rows, data_dir
+from cluster.files import Json, JsonlWriter, read_jsonl
+from cluster.reward_models import RewardModels
+from cluster.supervise import RolePool
+from configs.run import RefreshSection
+from keel.online.fresh_pairs import FreshPair, PairSampler, fresh_files
+from keel.online.judges import PairJudge, make_judge
+from keel.online.trainer import RayTrainer, Trainer
+from keel.roles import Roles
+from keel.rundir import append_progress
+from keel.runtime import Runtime
+from reward_service.preferences import Collected, accuracy
+from reward_service.rm.triggers import RefreshProgress, probe_due, refresh_reason
+
+log = logging.getLogger(__name__)
+
+REFRESHES_FILE: Final = "refreshes.jsonl"
+CAUGHT_FILES: Final = ("caught.jsonl", "caught_by_rules.jsonl")
+"""Answers found bad by people and by rules: <run>/…, which may not be there."""
+_MIN_LABELLED: Final = 10
+"""Fewer clear labels than this teach nothing; the refresh is given up."""
+
+Work = Generator[None, None, None]
+
+
+class Refresher:
+    """One a run. `announced`: called with (version, reason) when another version is to score."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        section: RefreshSection,
+        judge: PairJudge,
+        rollout: RolePool,
+        reward: RolePool,
+        trainer: Trainer,
+        announced: Callable[[str, str], None],
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        """accepted, refused, failed, pairs_judged: since the start of the driver."""
+        self._runtime = runtime
+        self._section = section
+        self._judge = judge
+        self._reward = reward
+        self._announced = announced
+        self._models = RewardModels(runtime.run.path / "rm")
+        self._sampler = PairSampler(runtime, rollout, section=section)
+        self._trainer = trainer
+        self._record = JsonlWriter(runtime.run.path / REFRESHES_FILE)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="judge")
+        self.progress, self._number = _earlier(runtime.run.path / REFRESHES_FILE)
+        self._work: Work | None = None
+        trainer.start()
+
+    def step(self, records: Sequence[Json]) -> None:
+        """One turn. `records`: steps of the learner that ended since the last."""
+        for record in records:
+            self.progress = self.progress.observe(
+                version=record["version"],
+                kl=record["kl_nats_per_sequence"],
+                z=record["proxy_z"],
+                gain=self._section.plateau_gain,
+            )
+        if self._work is None:
+            self._work = self._next_work()
+        if self._work is not None and next(self._work, _ENDED) is _ENDED:
+            self._work = None
+
+    def close(self) -> None:
+        """What is under way is given up; the pairs that were judged are kept."""
+        if self._work is not None:
+            self._work.close()
+            self._work = None
+        self._judge.cancel()
+        self._trainer.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._record.close()
+
+    def _next_work(self) -> Work | None:
+        reason = refresh_reason(self.progress, self._section)
+        if reason is not None:
+            return self._guarded("refresh", self._refresh(reason))
+        if probe_due(self.progress, self._section):
+            return self._guarded("probe", self._probe())
+        return None
+
+    def _guarded(self, what: str, work: Work) -> Work:
+        """A failure is noted, and the run goes on with the reward model it has."""
+        try:
+            yield from work
+        except Exception as error:  # The judge is the user's function: it may raise anything.
+            log.exception("%s %d failed", what, self._number)
+            self.counts["failed"] += 1
+            self._note("failed", f"{what} {self._number} failed, the reward model stays: {error}")
+            self._write(what, outcome="failed", why=str(error))
+
+    # ------------------------------------------------------------ the two kinds of work
+
+    def _refresh(self, reason: str) -> Work:
+        started_s, begun = time.monotonic(), self.progress
+        self.progress = begun.begun()
+        self._number += 1
+        self._note("began", f"refresh {self._number}: {reason}")
+        collected = yield from self._judged(self._section.pairs, what="refresh")
+        if len(collected.pairs) < _MIN_LABELLED:
+            note = f"only {len(collected.pairs)} pairs with a clear label: {collected.report.rejected}"
+            self._note("refused", f"refresh {self._number} given up: {note}")
+            self._write("refresh", outcome="refused", reason=reason, why=note, pairs=collected.report.read)
+            self.counts["refused"] += 1
+            return
+        outcome = yield from self._train(reason, version=begun.version)
+        if outcome.accepted:
+            self._announced(outcome.version, reason)
+        word = "accepted" if outcome.accepted else "refused"
+        self.counts[word] += 1
+        self._note(word, f"refresh {self._number} {word}: {outcome.why}")
+        self._write(
+            "refresh",
+            reason=reason,
+            outcome=word,
+            pairs=collected.report.read,
+            total_seconds=round(time.monotonic() - started_s, 2),
+            **{key: value for key, value in asdict(outcome).items() if key != "accepted"},
+        )
+
+    def _probe(self) -> Work:
+        """Compare reward model and judge on a few fresh pairs; the pairs train the next refresh."""
+        self.progress = self.progress.probing()
+        self._number += 1
+        pairs = yield from self._sampler.sample(
+            self._left(self._section.probe_pairs), number=self._number, version=self.progress.version
+        )
+        collected = yield from self._label(pairs, what="probe")
+        sampled = [(pairs[place], pair) for place, pair in zip(collected.places, collected.pairs, strict=True)]
+        margins = yield from self._margins(sampled)
+        disagreement = 1.0 - accuracy(margins) if margins else 0.0
+        self.progress = replace(self.progress, disagreement=disagreement)
+        self._note("probed", f"reward model and judge order {disagreement:.0%} of {len(margins)} pairs differently")
+        self._write("probe", outcome="probed", disagreement=disagreement, pairs=collected.report.read)
+
+    # ------------------------------------------------------------ their parts
+
+    def _judged(self, count: int, *, what: str) -> Generator[None, None, Collected]:
+        pairs = yield from self._sampler.sample(self._left(count), number=self._number, version=self.progress.version)
+        return (yield from self._label(pairs, what=what))
+
+    def _label(self, pairs: Sequence[FreshPair], *, what: str) -> Generator[None, None, Collected]:
+        """Have them judged off this thread, and keep what came of it."""
+        config = self._runtime.config
+        job: Future[Collected] = self._thread.submit(
+            self._judge.label,
+            [pair.candidate for pair in pairs],
+            name=f"{what}-{self._number:04d}",
+            seed=config.seed + 7919 * self._number,
+        )
+        while not job.done():
+            yield
+        collected = job.result()
+        self.progress = self.progress.judged(collected.report.read)
+        self.counts["pairs_judged"] += collected.report.read
+        if not self._judge.keeps_records:
+            append_rows(data_dir(self._runtime.run.path) / FRESH_PREFERENCES_FILE, collected.pairs)
+        return collected
+
+    def _train(self, reason: str, *, version: int) -> Generator[None, None, Any]:
+        from reward_service.rm.refresh import RefreshRequest
+
+        run_dir = self._runtime.run.path
+        request = RefreshRequest(
+            number=self._number,
+            reason=reason,
+            policy_version=version,
+            fresh=fresh_files(run_dir),
+            caught=tuple(path for name in CAUGHT_FILES if (path := run_dir / name).is_file()),
+        )
+        reference = self._trainer.refresh(request)
+        while not self._runtime.ray.wait([reference], timeout=0.0)[0]:
+            yield
+        return self._runtime.result(reference)
+
+    def _margins(self, judged: Sequence[tuple[FreshPair, PreferencePair]]) -> Generator[None, None, list[float]]:
+        """The serving reward model's score of the chosen answer less that of the rejected one, for pairs of which both
+        answers were just sampled."""
+        sequences, signs = [], []
+        for fresh, pair in judged:
+            first, second = fresh.answers
+            if second is not None:
+                sequences += [(fresh.question.token_ids, answer.token_ids) for answer in (first, second)]
+                signs.append(1.0 if pair.chosen == fresh.candidate.answer_a else -1.0)
+        if not signs:
+            return []
+        while not self._reward.handles:
+            yield
+        reference = self._reward.handles[0].score.remote(sequences)
+        while not self._runtime.ray.wait([reference], timeout=0.0)[0]:
+            yield
+        scores: list[float] = self._runtime.result(reference)
+        return [sign * (a - b) for sign, a, b in zip(signs, scores[::2], scores[1::2], strict=True)]
+
+    def _left(self, count: int) -> int:
+        return max(1, min(count, self._section.budget_pairs - self.progress.pairs_judged))
+
+    def _note(self, event: str, text: str) -> None:
+        append_progress(self._runtime.run.path, {"role": "refresh", "event": event, "note": text})
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        """A line of refreshes.jsonl: what a resumed run goes on from, and the report draws."""
+        self._record.write(
+            {
+                "kind": kind,
+                "number": self._number,
+                "at_version": self.progress.version,
+                "last_version": self.progress.last_version,
+                "last_kl": self.progress.last_kl,
+                "pairs_judged": self.progress.pairs_judged,
+                "scores": self._models.current().version,
+                **fields,
+            }
+        )
+
+
+def make_refresher(runtime: Runtime, roles: Roles, *, announced: Callable[[str, str], None]) -> Refresher | None:
+    """What rm.refresh asks for; None where it asks for nothing. Raises ConfigError for a judge that cannot be had."""
+    config = runtime.config
+    section = config.rm.refresh
+    if section is None or not config.reward.needs_model:
+        return None
+    rollout, reward = roles.rollout(runtime.run.path), roles.reward()
+    return Refresher(
+        runtime,
+        section=section,
+        judge=make_judge(config, redis_url=runtime.redis_url),
+        rollout=rollout,
+        reward=reward,
+        trainer=RayTrainer(runtime, section=section),
+        announced=announced,
+    )
+
+
+_ENDED: Final = object()
+
+
+def _earlier(path: Path) -> tuple[RefreshProgress, int]:
+    """Where the refreshes of an earlier driver of this run left off."""
+    last = read_jsonl(path)[-1:] if path.exists() else []
+    if not last:
+        return RefreshProgress(), 0
+    line = last[0]
+    progress = RefreshProgress(
+        version=line["last_version"],
+        last_version=line["last_version"],
+        last_kl=line["last_kl"],
+        best_version=line["last_version"],
+        probed_version=line["last_version"],
+        pairs_judged=line["pairs_judged"],
+    )
+    return progress, line["number"]
