@@ -153,7 +153,7 @@ class HttpReward(Section):
     breaker_failures: PositiveInt = 5
     """After so many failures in a row nothing is asked"""
     breaker_pause_s: PositiveFloat = 10.0
-    """for this long; meanwhile its samples wait in the worker."""
+    """for this long; meanwhile its samples wait in the worker, and fail when it stays away for a minute."""
 
 
 RewardSource = Annotated[ModelReward | FunctionReward | HttpReward, Field(discriminator="kind")]
