@@ -56,7 +56,10 @@ class RefreshSection(Section):
     earlier_fraction: Fraction = 0.3
     """Share of pairs whose other answer is one that an earlier policy gave to the same prompt."""
     old_pairs: PositiveInt = 600
-    """Of the original preferences, drawn anew each time, in the mix with all fresh pairs so far."""
+    """Of the original preferences, drawn anew each time, in the mix with the newest fresh pairs"""
+    earlier_fresh_pairs: NonNegativeInt | None = 400
+    """and so many that earlier versions of the reward model learned from, drawn anew too, from many policy versions.
+    null: all of them; a refresh then takes longer and longer."""
     caught_fraction: Fraction = 0.2
     """At most this share of the mix has an answer that people or rules caught as its rejected side."""
     epochs: PositiveFloat = 2.0

@@ -194,9 +194,18 @@ def _load_fresh(
             position = held_out_position(pair.prompt_id, seed=config.seed)
             kept_out = pair.prompt_id in original or position < settings.held_out_fraction
             (fresh.held_out if kept_out else fresh.train).append(pair)
-            if max(pair.pair.policy_version or 0, pair.pair.rejected_version or 0) > after_version:
-                fresh.newest.append(pair)
+    fresh.newest.extend(_by_age([*fresh.train, *fresh.held_out], after_version=after_version)[0])
     return fresh
+
+
+def _by_age(pairs: Sequence[EncodedPair], *, after_version: int) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """(with an answer of a later policy than `after_version`, the others)."""
+    newest: list[EncodedPair] = []
+    earlier: list[EncodedPair] = []
+    for one in pairs:
+        version = max(one.pair.policy_version or 0, one.pair.rejected_version or 0)
+        (newest if version > after_version else earlier).append(one)
+    return newest, earlier
 
 
 def _mix(
@@ -223,6 +232,10 @@ def _mix(
         )
         rng = random.Random(f"refresh {config.seed} {request.number} {member}")
         old = rng.sample(old, min(settings.old_pairs, len(old)))
+        newest, earlier = _by_age(new, after_version=parent.manifest.policy_version or 0)
+        if settings.earlier_fresh_pairs is not None:
+            earlier = rng.sample(earlier, min(settings.earlier_fresh_pairs, len(earlier)))
+        new = [*newest, *earlier]
         most = math.floor(settings.caught_fraction / (1 - settings.caught_fraction) * (len(old) + len(new)))
         caught = caught_pairs(answers, examples=[*sets.train, *fresh.train], held_out=held_out, most=most,
                               data=config.data, tokenizer=tokenizer)  # fmt: skip
