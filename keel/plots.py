@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,9 +68,18 @@ def chart_svg(chart: Chart, steps: Sequence[Json]) -> str | None:
         steps_x, values_y = zip(*points, strict=True)
         marker = "o" if len(points) == 1 else ""
         axes.plot(steps_x, values_y, series.style, color=colour, label=series.name, marker=marker, linewidth=1.6)
+    for step in reward_model_changes(steps):
+        axes.axvline(step, color="#8c959f", linestyle=":", linewidth=0.9, zorder=0)
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=8)
     return _encoded(figure)
+
+
+def reward_model_changes(steps: Sequence[Json]) -> list[float]:
+    """The steps at which another version of the reward model's scores began."""
+    seen = [(step, str(record["rm_version"])) for record in steps
+            if record.get("rm_version") and (step := number(record, "step")) is not None]  # fmt: skip
+    return [step for (_, before), (step, version) in itertools.pairwise(seen) if version != before]
 
 
 def gold_against_distance_svg(steps: Sequence[Json]) -> str | None:

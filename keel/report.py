@@ -10,13 +10,13 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import DataError
 from cluster.files import Json, atomic_write_text, read_jsonl
 from keel.display import GAP, RunView, number, seconds_text
-from keel.plots import CHARTS, chart_svg, gold_against_distance_svg
+from keel.plots import CHARTS, chart_svg, gold_against_distance_svg, reward_model_changes
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -56,6 +56,7 @@ class RunRecords:
     samples: list[Json]
     stage_seconds: dict[str, float]
     gaps: list[str]
+    refreshes: list[Json] = field(default_factory=list)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -82,7 +83,11 @@ def read_records(run_dir: Path) -> RunRecords:
     if not isinstance(seconds, dict):
         seconds = _seconds_from_progress(_lines(run_dir / "progress.jsonl", []))
     timed = {str(name): value for name in seconds if (value := number(seconds, name)) is not None}
-    return RunRecords(steps=steps, summary=summary, samples=samples, stage_seconds=timed, gaps=gaps)
+    path = run_dir / "refreshes.jsonl"
+    refreshes = _lines(path, gaps) if path.exists() else []
+    return RunRecords(
+        steps=steps, summary=summary, samples=samples, stage_seconds=timed, gaps=gaps, refreshes=refreshes
+    )
 
 
 def _lines(path: Path, gaps: list[str]) -> list[Json]:
@@ -133,6 +138,7 @@ def render(name: str, records: RunRecords) -> str:
         _gaps(records.gaps),
         _headlines(records.summary),
         _curves(records.steps),
+        _refreshes(records.refreshes),
         _stages(records.stage_seconds),
         _samples(records.samples),
         _summary_table(records.summary),
@@ -176,11 +182,34 @@ def _curves(steps: Sequence[Json]) -> str:
     if distance is not None:
         figures.append(_figure("Gold reward against distance from the SFT policy", distance))
     note = f'<p class="note">Not recorded: {html.escape(", ".join(absent))}.</p>' if absent else ""
+    if reward_model_changes(steps):
+        note = f'<p class="note">Dotted lines: another version of the reward model took over.</p>{note}'
     return f'<h2>Curves</h2>\n<div class="curves">{"".join(figures)}</div>{note}'
 
 
 def _figure(title: str, svg_base64: str) -> str:
     return f'<figure><img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{svg_base64}"></figure>'
+
+
+def _refreshes(refreshes: Sequence[Json]) -> str:
+    """What each refresh of the reward model came to."""
+    if not refreshes:
+        return ""
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f"<td>{html.escape(_value_text(value))}</td>"
+            for value in (
+                one.get("number"), one.get("last_version"), one.get("reason", one.get("kind")), one.get("outcome"),
+                one.get("why", ""), one.get("pairs_judged"), seconds_text(number(one, "total_seconds")),
+            )
+        )
+        + "</tr>"
+        for one in refreshes
+    )  # fmt: skip
+    titles = ("", "policy version", "why then", "outcome", "why so", "pairs judged so far", "took")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    return f"<h2>Refreshes of the reward model</h2>\n<table><tr>{head}</tr>{rows}</table>"
 
 
 def _stages(seconds: Mapping[str, float]) -> str:

@@ -138,6 +138,16 @@ REWARD: Final = [
          f"({rate('keel_reward_cache_hits_total')} + {rate('keel_reward_cache_misses_total')})", "{{run}} {{layer}}"),
     ], unit="percentunit", fraction=True),
     Panel("Not to be scored", [(rate("keel_reward_failures_total"), "{{run}}")], unit="ops"),
+    Panel("Uncertain answers", [
+        (rate("keel_reward_rejected_total"), "{{run}} rejected"),
+        (rate("keel_reward_down_weighted_total"), "{{run}} down-weighted"),
+    ], unit="ops", help="Members of the ensemble disagree more than on the calibration set"),
+    Panel("Refreshes of the reward model", [
+        (gauge("keel_rm_refreshes_total", by="run, outcome"), "{{run}} {{outcome}}"),
+        ("sum by (run) (keel_reward_model_swaps_total{RUN})", "{{run}} swaps in workers"),
+        ("sum by (run) (keel_reward_model_swap_failures_total{RUN})", "{{run}} failed swaps"),
+    ]),
+    Panel("Pairs judged", [(gauge("keel_rm_pairs_judged_total"), "{{run}}")]),
 ]  # fmt: skip
 
 LEARNER: Final = [
