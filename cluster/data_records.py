@@ -5,6 +5,7 @@
 | sft.jsonl | SftExample | SFT |
 | prompts.jsonl, eval_prompts.jsonl | PromptRecord | collection and PPO; evaluation |
 | preferences.jsonl | PreferencePair | RM training, DPO |
+| preferences_unclear.jsonl | PreferencePair | `keel data audit` |
 | fresh_preferences.jsonl | PreferencePair | refreshes of the RM, DPO |
 | report.json | DataReport | people, the run's report |
 
@@ -29,6 +30,8 @@ SFT_FILE: Final = "sft.jsonl"
 PROMPTS_FILE: Final = "prompts.jsonl"
 EVAL_PROMPTS_FILE: Final = "eval_prompts.jsonl"
 PREFERENCES_FILE: Final = "preferences.jsonl"
+UNCLEAR_FILE: Final = "preferences_unclear.jsonl"
+"""Judged, without a clear majority. No model trains on them; an audit counts how often annotators agree on them too."""
 FRESH_PREFERENCES_FILE: Final = "fresh_preferences.jsonl"
 """Judged by a function while the policy trained."""
 REVIEWED_PREFERENCES_FILE: Final = "preferences.jsonl"

@@ -130,13 +130,30 @@ def _json_rows(path: Path, *, compressed: bool) -> Iterator[Located | Unreadable
 def _json_row(line: bytes, *, where: str, number: int) -> Located | Unreadable:
     try:
         values = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of thousands of digits
         return Unreadable(where, number, "is not JSON", got=f"{error}: {line[:80]!r}", do="repair or delete the line")
+    if b"\\u" in line and not _is_unicode(values):
+        return Unreadable(
+            where,
+            number,
+            "has half a character",
+            got=repr(line[:80]),
+            do="repair or delete the lone \\ud800–\\udfff",
+        )
     if not isinstance(values, dict):
         return Unreadable(
             where, number, "is not a JSON object", got=repr(values)[:80], do="write one {...} object a line"
         )
     return Located(where, number, values)
+
+
+def _is_unicode(values: Any) -> bool:
+    """JSON can spell a lone surrogate, as of an emoji cut in two; no file in UTF-8 can hold one."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet_rows(path: Path) -> Iterator[Located]:

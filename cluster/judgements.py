@@ -270,11 +270,15 @@ def _number(values: dict[str, Any], field: str, *, low: float = -math.inf, high:
     value = values.get(field)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
         raise _Malformed(f"{field} is not a number", got=value)
-    if not low <= value <= high:
+    if not low <= number <= high:
         raise _Malformed(f"{field} is not in [{low:g}, {high:g}]", got=value)
-    return float(value)
+    return number
 
 
 def _time(values: dict[str, Any]) -> str | None:

@@ -172,6 +172,10 @@ class RewardMetrics:
             "keel_reward_score_seconds", "One batch's forward passes", registry=registry, buckets=_SHORT_S
         )
         self.failures = Counter("keel_reward_failures", "Rollouts that could not be scored", registry=registry)
+        self.paused = Counter("keel_reward_paused", "Tries put off because a reward source was away", registry=registry)
+        self.stream_errors = Counter(
+            "keel_reward_stream_errors", "Calls to Redis that failed and were made again", registry=registry
+        )
         self._cache_hits = Counter("keel_reward_cache_hits", "Scores found in a cache", ["layer"], registry=registry)
         self.memory_cache_hits = self._cache_hits.labels("memory")
         self.redis_cache_hits = self._cache_hits.labels("redis")

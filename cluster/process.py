@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -28,6 +29,7 @@ from cluster.errors import ConfigError
 from cluster.metrics import Heartbeat, MetricsServer
 from cluster.run_redis import RunRedis
 from cluster.stores import Member
+from configs.reward import RewardSection
 from configs.run import RunConfig
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,9 @@ log = logging.getLogger(__name__)
 LOOPBACK: Final = "127.0.0.1"
 SILENCE_LIMIT_S: Final = 120.0
 """No progress for so long makes /healthz fail, or for longer where a role's unit of work may take longer."""
+_HTTP_AT_A_TIME: Final = 4
+_HTTP_PAUSE_S: Final = 8.0
+"""Requests to a reward model behind HTTP, and the longest pause between two tries."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,23 @@ def silence_limit_s(config: RunConfig, *, role: str) -> float:
     """How long a process of this role may be busy with one answer, batch or step before it counts as stuck."""
     longest_s = {
         "rollout": config.rollout.generate_timeout_s,
-        "reward": config.reward.score_timeout_s,
+        "reward": _scoring_s(config.reward),
         "learner": config.learner.stall_timeout_s,
     }
     return max(SILENCE_LIMIT_S, longest_s.get(role, 0.0))
+
+
+def _scoring_s(reward: RewardSection) -> float:
+    """The longest that models and sources may take for one batch, each within its limits."""
+    longest_s = reward.score_timeout_s
+    for source in reward.sources:
+        if source.kind == "function":  # one call at a time
+            longest_s = max(longest_s, reward.batch_size * source.timeout_s)
+        elif source.kind == "http":
+            rounds = math.ceil(reward.batch_size / source.batch_size / _HTTP_AT_A_TIME)
+            tries_s = (1 + source.retries) * source.timeout_s + source.retries * _HTTP_PAUSE_S
+            longest_s = max(longest_s, rounds * tries_s)
+    return longest_s
 
 
 def node_address(config: RunConfig, *, redis_url: str | None = None) -> str:

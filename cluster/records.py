@@ -175,7 +175,7 @@ def decode(payload: bytes, kind: type[_R]) -> _R:
         raise CodecError(
             f"damaged {kind.__name__} record",
             got=f"{len(payload)} bytes: {error}",
-            do="the entry is dead-lettered; look for a truncating proxy or a full disk",
+            do="the entry is discarded and its task issued again; look for a truncating proxy or a full disk",
         ) from error
     _check(record)
     return record

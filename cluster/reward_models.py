@@ -152,8 +152,7 @@ class RewardModels:
         was killed left is removed. Raises ModelError when the disk refuses."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for abandoned in self.path.glob("draft.*"):
-                shutil.rmtree(abandoned, ignore_errors=True)
+            self.clear_drafts()
             directory = Path(tempfile.mkdtemp(prefix="draft.", dir=self.path))
             try:
                 yield directory
@@ -163,6 +162,11 @@ class RewardModels:
             raise ModelError(
                 f"cannot write to {self.path}", got=str(error), do="free some disk space or choose another runs_dir"
             ) from error
+
+    def clear_drafts(self) -> None:
+        """Remove what a trainer that was killed left. Nobody may be training."""
+        for abandoned in self.path.glob("draft.*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
 
     def publish(self, draft: Path, manifest: RmManifest, *, make_current: bool = True) -> StoredRm:
         """Give a draft its place for good. The same weights published before stay as they are."""

@@ -10,7 +10,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from configs.errors import ConfigError
-from configs.run import STAGES, AdaptiveKl, ConstrainedKl, FunctionReward, NewModel, OptimizerSection, RunConfig
+from configs.run import (
+    STAGES,
+    AdaptiveKl,
+    ConstrainedKl,
+    FunctionReward,
+    ModelReward,
+    NewModel,
+    OptimizerSection,
+    RunConfig,
+)
 
 VLLM_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Attention head sizes that vLLM's CPU and GPU kernels have. Others end the engine at its first forward pass."""
@@ -215,6 +224,16 @@ def _refresh(config: RunConfig) -> Iterator[str]:
         yield f"rm.refresh: no reason to refresh; set one of {', '.join(reasons)}"
     if not refresh.temperatures:
         yield "rm.refresh.temperatures: none"
+    if refresh.plateau_versions is not None and config.reward.sources != (ModelReward(),):
+        yield (
+            "rm.refresh.plateau_versions with reward.sources: a plateau is seen on the reward model's own scale; use "
+            "another reason"
+        )
+    if refresh.disagreement_over is not None and refresh.earlier_fraction == 1.0:
+        yield (
+            "rm.refresh.disagreement_over with rm.refresh.earlier_fraction = 1: disagreement is measured on pairs of "
+            "which both answers are the policy's own; leave some"
+        )
 
 
 def _times(config: RunConfig) -> Iterator[str]:

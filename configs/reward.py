@@ -60,7 +60,7 @@ class RefreshSection(Section):
     earlier_fresh_pairs: NonNegativeInt | None = 400
     """and so many that earlier versions of the reward model learned from, drawn anew too, from many policy versions.
     null: all of them; a refresh then takes longer and longer."""
-    caught_fraction: Fraction = 0.2
+    caught_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     """At most this share of the mix has an answer that people or rules caught as its rejected side."""
     epochs: PositiveFloat = 2.0
     learning_rate: PositiveFloat = 2e-4
@@ -71,7 +71,7 @@ class RefreshSection(Section):
     """The refreshed model is refused when its accuracy on old held-out pairs falls by more than this (on 300 pairs the
     difference of two models has a standard error of about 0.02), or when it is not better on fresh held-out pairs."""
     label_timeout_s: PositiveFloat = 3600.0
-    """How long a refresh waits for people; then it makes do with what they judged."""
+    """How long a refresh waits for labels; then it makes do with what people judged, and gives a function up."""
     cpus: PositiveFloat = 0.5
     """That the training process reserves, beside the online roles,"""
     gpus: NonNegativeFloat = 0.0

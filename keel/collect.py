@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Final
 
-from cluster.data_records import PREFERENCES_FILE, data_dir, record_table, write_rows
+from cluster.data_records import PREFERENCES_FILE, UNCLEAR_FILE, data_dir, record_table, write_rows
 from cluster.errors import ConfigError, DataError
 from cluster.plugin import resolve
 from keel.roles import Roles
@@ -14,9 +13,6 @@ from keel.sampling import Answer, Question, answer_all, load_questions
 from reward_service.preferences import Candidate, collect_pairs
 
 _MIN_PAIRS = 20
-UNCLEAR_FILE: Final = "preferences_unclear.jsonl"
-"""In data/, beside the preferences: judged pairs without a clear majority. No model trains on them; an audit counts how
-often annotators agree with them too."""
 
 
 def collect_preferences(runtime: Runtime, roles: Roles) -> None:

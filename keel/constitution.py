@@ -12,9 +12,15 @@ from reward_service.rewards.constitution_file import CONSTITUTION_FILE
 
 
 def keep_constitution(config: RunConfig, run_dir: Path) -> None:
-    """Copy reward.constitution to the run. Raises ConfigError when a resumed run has other rules."""
+    """Copy reward.constitution to the run. Raises ConfigError when a resumed run has other rules, or none."""
     given, kept = config.reward.constitution, run_dir / CONSTITUTION_FILE
     if given is None:
+        if kept.exists():
+            raise ConfigError(
+                "a run is resumed without its constitution",
+                got=f"reward.constitution is not set, and {kept} is there",
+                do=f"resume with reward.constitution={kept}, or start a run of another name",
+            )
         return
     rules = given.read_bytes()
     if not kept.exists():

@@ -26,6 +26,7 @@ def evaluate_run(runtime: Runtime, roles: Roles) -> None:
     run, stages = runtime.run.path, runtime.config.stages
     if not (run / "eval" / "sft.json").exists():
         _with_weights_of(run / "sft" / "model", runtime, roles, tag="sft")
+        roles.stop("rollout")
     if (run / "policy" / "final").is_dir():
         evaluate_policy(runtime, roles, tag="final", model_dir=run / "policy" / "final")
     if "dpo" in stages:
@@ -83,9 +84,9 @@ def evaluate_policy(runtime: Runtime, roles: Roles, *, tag: Tag, model_dir: Path
 def _score(
     runtime: Runtime, roles: Roles, sequences: Sequence[tuple[list[int], list[int]]], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The reward model's view of the answers, put into their rows too; nothing where the run has no reward model."""
+    """The reward model's view of the answers, put into their rows too; nothing where none is asked in this run."""
     models = RewardModels(runtime.run.path / "rm")
-    if not models.exists():
+    if not runtime.config.reward.needs_model or not models.exists():
         return {}
     scoring = models.current()
     reward = roles.reward()

@@ -69,7 +69,7 @@ def chart_svg(chart: Chart, steps: Sequence[Json]) -> str | None:
         marker = "o" if len(points) == 1 else ""
         axes.plot(steps_x, values_y, series.style, color=colour, label=series.name, marker=marker, linewidth=1.6)
     for step in reward_model_changes(steps):
-        axes.axvline(step, color="#8c959f", linestyle=":", linewidth=0.9, zorder=0)
+        axes.axvline(step, color="#57606a", linestyle=":", linewidth=1.2, zorder=0)
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=8)
     return _encoded(figure)

@@ -1,7 +1,7 @@
 """`keel review`: the web page on which people compare answers, of a run that goes on or from a file.
 
 Consumes: the review queue. Produces: a page; judgements, in the queue and in the run's files (reward_service/
-review_files.py). Waits: until Ctrl-C. Who unblocks it: SIGINT or SIGTERM. Always holds: it listens on loopback unless
+review/files.py). Waits: until Ctrl-C. Who unblocks it: SIGINT or SIGTERM. Always holds: it listens on loopback unless
 told otherwise; the token is in no log and no URL that is sent anywhere.
 """
 
@@ -173,7 +173,7 @@ def _bind(address: PageAddress) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((address.host, address.port))
         listening.listen()
-    except OSError as error:
+    except (OSError, OverflowError, TypeError) as error:  # the last two: no port, no host name at all
         listening.close()
         raise ConfigError(
             "cannot serve the review page on this address",

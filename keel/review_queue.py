@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import msgspec
 
-from cluster.data_records import Prompt
 from cluster.data_tables import Located, Unreadable, scan_table
+from cluster.dialogues import Rejection, check_prompt
 from cluster.errors import DataError, StreamError
 from cluster.review_queue import (
     KINDS,
@@ -132,11 +132,13 @@ def _item(row: Located) -> ReviewItem:
             got=f"columns {', '.join(sorted(row.values)) or 'none'}",
             do="give prompt, and answer_a and answer_b (or chosen and rejected)",
         )
+    prompt = check_prompt(row.values["prompt"])
+    do = "a prompt is text or chat messages with role and content, an answer is text"
+    if isinstance(prompt, Rejection):
+        raise DataError(f"{row.where} is no pair to compare", got=prompt.reason, do=do)
     try:
-        prompt = msgspec.convert(row.values["prompt"], Prompt)
         answers = msgspec.convert([row.values[name] for name in columns], tuple[str, str])
     except msgspec.ValidationError as error:
-        do = "a prompt is text or chat messages, an answer is text"
         raise DataError(f"{row.where} is no pair to compare", got=str(error), do=do) from error
     # The same pair in the other order is the same item.
     content = msgspec.json.encode([prompt, sorted(answers)])

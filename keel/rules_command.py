@@ -72,7 +72,8 @@ def try_rules(
         if file is not None:
             asyncio.run(_try(rules, _trials(file, say=say), tallies=tallies, show=show, say=say))
             of_file = {kind: tally for kind, tally in tallies.items() if kind != _GIVEN}
-            _say_tallies(of_file, rules.rules, say=say)
+            if of_file:
+                _say_tallies(of_file, rules.rules, say=say)
     finally:
         rules.close()
     if not tallies:
@@ -123,13 +124,14 @@ def _trials(path: Path, *, say: Callable[[str], None]) -> Iterator[Trial]:
 def _texts(row: Mapping[str, Any], *, where: str) -> list[tuple[str, Prompt, str]]:
     """(kind, prompt, answer) of each answer; none for two dialogues that cannot be compared. Raises DataError for a row
     without an answer."""
-    if "prompt" not in row and "chosen" in row and "rejected" in row:
+    there = {column for column, value in row.items() if value is not None}  # Parquet has every column in every row
+    if "prompt" not in there and {"chosen", "rejected"} <= there:
         two = compare_dialogues(row["chosen"], row["rejected"])
         if isinstance(two, Rejection):
             return []
         return [("chosen", two.prompt, two.chosen), ("rejected", two.prompt, two.rejected)]
     prompt = check_prompt(row["prompt"]) if row.get("prompt") else ""
-    found = [(kind, _text(row[kind])) for kind in _KINDS if kind in row]
+    found = [(kind, _text(row[kind])) for kind in _KINDS if kind in there]
     if not found or isinstance(prompt, Rejection) or any(text is None for _, text in found):
         raise DataError(
             f"{where}: no answer as text",

@@ -124,7 +124,7 @@ def _reconcile(run: RunDirectory, old_text: str, new_text: str) -> None:
             do="resume with the configuration that the run was started with, or start a run of another name",
         )
     if new["learner"]["steps"] > old["learner"]["steps"]:
-        run.reopen("ppo", "evaluate")
+        run.reopen("ppo", "dpo", "evaluate")
 
 
 def _fixed(config: dict[str, Any], key: str) -> Any:

@@ -200,6 +200,7 @@ def _cpus_needed(config: RunConfig) -> int:
         config.learner.cpus
         + actors * config.rollout.cpus_per_actor
         + config.reward.workers * config.reward.cpus_per_worker
+        + (0.0 if config.rm.refresh is None else config.rm.refresh.cpus)
     )
     return int(online) + 2
 

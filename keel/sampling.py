@@ -1,7 +1,8 @@
 """Answers to many prompts from the rollout actors, outside the online loop: for preference pairs and evaluation.
 
 Waits: for the actors. Who unblocks it: their answers or deaths; generate() has a deadline of its own. Always holds: an
-actor that dies is replaced, and what it was asked is asked again of another, a few times.
+actor that dies is replaced, and what it was asked is asked again of another, a few times. Online the watch loop is the
+one that replaces it, and that ends the run when it cannot: here nothing is done that could hide that.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.data_records import PromptRecord, data_dir, read_rows
 from cluster.errors import DataError, EngineDeadError, KeelError
@@ -18,6 +19,9 @@ from cluster.supervise import RolePool
 from cluster.text import EncodedPrompt, decode_answer, encode_prompt, load_tokenizer, prompt_text
 from configs.run import RunConfig
 from keel.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHUNK_PROMPTS = 256
 _MAX_TRIES = 3
@@ -70,21 +74,26 @@ def answer_all(
 ) -> list[Answer]:
     """One answer a question, in order, spread over the pool's actors. Reports progress as `stage`. `newest`: actors
     hold the newest weights of the run, not those that they started with."""
+    tokenizer = policy_tokenizer(runtime)
     asking = Asking(runtime, pool, temperature=temperature, newest=newest)
     for start in range(0, len(questions), _CHUNK_PROMPTS):
         asking.ask(start, [question.token_ids for question in questions[start : start + _CHUNK_PROMPTS]])
     answers: dict[int, Answer] = {}
     while asking.open:
         for start, results in asking.answered():
-            answers |= {start + offset: answer for offset, answer in enumerate(decoded(runtime, results))}
+            answers |= {start + offset: answer for offset, answer in enumerate(decoded(tokenizer, results))}
             runtime.run.emit(stage=stage, event="progress", step=len(answers), steps=len(questions))
         runtime.tick()
     return [answers[position] for position in range(len(questions))]
 
 
-def decoded(runtime: Runtime, results: Sequence[tuple[list[int], str]]) -> list[Answer]:
+def policy_tokenizer(runtime: Runtime) -> PreTrainedTokenizerBase:
+    """Of the run's policy. Loading a large vocabulary takes a second: once, not for each answer."""
+    return load_tokenizer(runtime.run.path / "sft" / "model")
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, results: Sequence[tuple[list[int], str]]) -> list[Answer]:
     """What an actor's `generate` gave, as answers."""
-    tokenizer = load_tokenizer(runtime.run.path / "sft" / "model")
     return [Answer(decode_answer(tokenizer, ids), list(ids), reason == "length") for ids, reason in results]
 
 
@@ -99,7 +108,8 @@ class _Chunk:
 @dataclass
 class Asking:
     """Chunks of prompts that are out at the actors. `newest`: as in `answer_all`. `online`: beside a run's rollouts,
-    when actors follow the policy by themselves, and nothing may wait for one to come up."""
+    when actors follow the policy by themselves, the watch loop sees to the pool, and nothing may wait for an actor to
+    come up."""
 
     runtime: Runtime
     pool: RolePool
@@ -110,18 +120,21 @@ class Asking:
     _unsent: list[tuple[int, list[list[int]], int]] = field(default_factory=list)
     _asked: int = 0
     _known: set[Any] = field(default_factory=set)
+    _gone: set[Any] = field(default_factory=set)
+    """Online: actors that died here, whether or not the pool knows yet."""
 
     def __post_init__(self) -> None:
         self._known = set(self.pool.handles)
 
     def ask(self, start: int, prompts: list[list[int]], *, tries: int = 1) -> None:
         """Send a chunk to the next actor in turn, waiting for one if none is up; online, it is sent when one is."""
-        if self.online and not self.pool.handles:
+        if self.online and not self._living:
             self._unsent.append((start, prompts, tries))
             return
-        while not self.pool.handles:
+        while not self._living:
             self.pool.wait_ready(self.runtime.tick)
-        handle = self.pool.handles[self._asked % len(self.pool.handles)]
+        living = self._living
+        handle = living[self._asked % len(living)]
         self._asked += 1
         if self.newest and handle not in self._known:
             # A replacement booted from the model directory; the others may hold newer weights.
@@ -131,6 +144,10 @@ class Asking:
             prompts, max_new_tokens=self.runtime.config.data.max_response_tokens, temperature=self.temperature
         )
         self.pending[reference] = _Chunk(start, prompts, handle, tries)
+
+    @property
+    def _living(self) -> list[Any]:
+        return [handle for handle in self.pool.handles if handle not in self._gone]
 
     @property
     def open(self) -> bool:
@@ -153,12 +170,16 @@ class Asking:
                 found.append((chunk.start, ray.get(reference)))
             except (ray.exceptions.RayError, KeelError) as error:
                 self._again(chunk, unwrapped(error))
-        self.pool.poll(timeout_s=0.0)
+        if not self.online:
+            self.pool.poll(timeout_s=0.0)
         return found
 
     def _again(self, chunk: _Chunk, error: BaseException) -> None:
         dead = isinstance(error, EngineDeadError | self.runtime.ray.exceptions.RayActorError)
         if not dead or chunk.tries >= _MAX_TRIES:
             raise as_keel_error(error, what="a process of the run died", do="look at logs/ (out of memory?)")
-        self.pool.lost(chunk.handle, error)
+        if self.online:
+            self._gone.add(chunk.handle)
+        else:
+            self.pool.lost(chunk.handle, error)
         self.ask(chunk.start, chunk.prompts, tries=chunk.tries + 1)

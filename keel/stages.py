@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from cluster.data import prepare_data
+from cluster.plugin import resolve
 from cluster.text import resolve_model_dir
+from configs.checks import named_functions
 from configs.run import PretrainedModel, RunConfig, Stage
 from keel.collect import collect_preferences
 from keel.evaluate import evaluate_run
@@ -22,8 +24,6 @@ from keel.summary import write_samples, write_summary
 
 def _offline(stage_path: str, config: RunConfig, run_dir: Path) -> None:
     """Body of a stage's Ray task. Imports there, so that the driver never loads a trainer."""
-    from cluster.plugin import resolve
-
     resolve(stage_path, key="stage")(config, run_dir, functools.partial(append_progress, run_dir))
 
 
@@ -31,8 +31,11 @@ def data(runtime: Runtime, roles: Roles) -> None:
     """Text and records of the run, and the model it starts from."""
     del roles
     model = runtime.config.model
+    # Before anything is started: a wrong path is the commonest mistake, and a later stage would find it hours from now.
     if isinstance(model, PretrainedModel):
-        resolve_model_dir(model.path)  # Before anything is started: a wrong path is the commonest mistake.
+        resolve_model_dir(model.path)
+    for key, reference in named_functions(runtime.config).items():
+        resolve(reference, key=key)
     prepare_data(runtime.config, runtime.run.path)
     runtime.call(_make_model, runtime.config, runtime.run.path)
 

@@ -20,18 +20,21 @@ _LAST_STEPS: Final = 5
 
 
 def write_samples(runtime: Runtime) -> None:
-    """samples.jsonl: answers before and after, side by side."""
-    """Of the policy that was trained last."""
+    """samples.jsonl: answers before and after, side by side, of the policy that was trained last. Rewards are shown
+    where one version of the reward model gave both: two versions have two scales."""
     evaluated = runtime.run.path / "eval"
-    trained = [path for tag in ("dpo", "final") if (path := evaluated / f"{tag}.rows.jsonl").exists()]
+    trained = [tag for tag in ("dpo", "final") if (evaluated / f"{tag}.rows.jsonl").exists()]
     if not trained:
         return
-    before, after = read_jsonl(evaluated / "sft.rows.jsonl"), read_jsonl(trained[0])
+    before, after = (read_jsonl(evaluated / f"{tag}.rows.jsonl") for tag in ("sft", trained[0]))
+    versions = {_read_json(evaluated / f"{tag}.json").get("rm_version") for tag in ("sft", trained[0])}
+    shown = ("gold", "reward") if len(versions) == 1 else ("gold",)
     records = []
-    for old, new in list(zip(before, after, strict=True))[: runtime.config.evaluation.samples_shown]:
+    # One that was resumed with another evaluation.prompts has as many of the same prompts as the shorter list.
+    for old, new in list(zip(before, after, strict=False))[: runtime.config.evaluation.samples_shown]:
         record = {"prompt": old["prompt"], "before": old["answer"], "after": new["answer"]}
-        for key in ("gold", "reward"):
-            if key in old:
+        for key in shown:
+            if key in old and key in new:
                 record |= {f"{key}_before": old[key], f"{key}_after": new[key]}
         records.append(record)
     write_rows(runtime.run.path / "samples.jsonl", records)

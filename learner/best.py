@@ -1,7 +1,8 @@
 """The policies that a run hands over, as ordinary Hugging Face directories: the final one and the best one.
 
 Best: highest normalised score, averaged over the last few steps, among policies whose KL is within a quarter of the
-target. The score is the learned reward: the gold reward of a test world is never looked at.
+target. The score is the learned reward: the gold reward of a test world is never looked at. Another version of the
+reward model scores otherwise, and corrects the one before it: with it the search begins anew.
 """
 
 from __future__ import annotations
@@ -33,9 +34,15 @@ class BestPolicy:
         self._window: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
         """(normalised score, KL as a share of its target) of the latest steps."""
         self._best = float("-inf")
+        self._rm_version: str | None = None
 
-    def observe(self, score_normalised: float, *, kl: float, kl_target: float | None) -> None:
-        """One step's batch means."""
+    def observe(
+        self, score_normalised: float, *, kl: float, kl_target: float | None, rm_version: str | None = None
+    ) -> None:
+        """One step's batch means. `rm_version`: of the reward model that gave the scores."""
+        if rm_version != self._rm_version:
+            self._window.clear()
+            self._best, self._rm_version = float("-inf"), rm_version
         self._window.append((score_normalised, kl / kl_target if kl_target else 0.0))
 
     def save_if_better(self, save_model: SaveModel, *, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
@@ -57,11 +64,13 @@ class BestPolicy:
         return {
             "best": self._best if self._window and self._best > float("-inf") else None,
             "window": list(self._window),
+            "rm_version": self._rm_version,
         }
 
     def from_state(self, state: Mapping[str, Any]) -> None:
         """Inverse of to_state."""
         self._best = float("-inf") if state["best"] is None else float(state["best"])
+        self._rm_version = state.get("rm_version")  # Checkpoints of before refreshes do not name it.
         self._window.extend((float(score), float(share)) for score, share in state["window"])
 
     def _write(

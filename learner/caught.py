@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from cluster.data_records import Prompt
-from cluster.files import JsonlWriter
+from cluster.files import JsonlWriter, read_jsonl
 from cluster.records import ScoredRollout
 
 CAUGHT_FILE: Final = "caught_by_rules.jsonl"
@@ -20,8 +20,9 @@ class CaughtAnswers:
     """Appends to `<run>/caught_by_rules.jsonl`. A text is written once a run, and at most a few a step."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._writer = JsonlWriter(run_dir / CAUGHT_FILE)
-        self._known: set[str] = set()
+        path = run_dir / CAUGHT_FILE
+        self._writer = JsonlWriter(path)
+        self._known: set[str] = {line["answer"] for line in read_jsonl(path)}
 
     def keep(self, answers: Iterable[tuple[ScoredRollout, Prompt, str]]) -> int:
         """(scored, prompt, answer's text) of a step. Returns how many were caught, written or not."""

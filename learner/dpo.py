@@ -61,7 +61,7 @@ class EncodedPreference(TypedDict):
 @dataclass(frozen=True)
 class DpoReport:
     """What DPO did. `accuracy`: share of held-out pairs whose chosen answer gained more log-probability than the
-    rejected one; 0.5 before training. `chosen_gain`, `rejected_gain`: Δ, in nats a sequence, on held-out pairs."""
+    rejected one; about 0.5 by chance. `chosen_gain`, `rejected_gain`: Δ, in nats a sequence, on held-out pairs."""
 
     started_from: str
     pairs_train: int

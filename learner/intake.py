@@ -90,7 +90,8 @@ class Intake:
         return None
 
     async def _receive(self) -> bool:
-        """One round of reading. True when a result or a dead letter came in."""
+        """One round of reading. True when a result came in: dead letters and rejected answers alone, for as long as the
+        stall time-out, are no progress, though each is replaced by another task."""
         try:
             await self._flush()
             scored = await self._streams.claim(
@@ -108,7 +109,7 @@ class Intake:
             await asyncio.sleep(_RETRY_PAUSE_S)
             return False
         self._unsent += self.ledger.overdue(now_s=self._clock())
-        return bool(scored or dead)
+        return bool(scored)
 
     def _accept(self, delivery: Delivery) -> None:
         try:
@@ -142,6 +143,7 @@ class Intake:
         ledger = self.ledger
         return StallError(
             f"no rollout was scored for {self._settings.stall_timeout_s:.0f} s",
-            got=f"{ledger.outstanding} tasks outstanding, {ledger.held} scored and waiting for a full batch",
+            got=f"{ledger.outstanding} tasks outstanding, {ledger.held} scored and waiting for a full batch; since the "
+            f"start {ledger.counts.dead} dead, {ledger.counts.rejected} rejected as uncertain",
             do="look at logs/ for the rollout and reward roles, and at the depths in metrics.jsonl",
         )

@@ -2,7 +2,9 @@
 fixed calibration that says how far the policy has come.
 
 A version's statistics start from its own calibration set, so the reward does not jump when a refreshed reward model
-takes over. They are the checkpoint's; the calibrations lie with the versions (cluster/reward_models.py).
+takes over. Beside other sources the model counts in deviations of that set already: the scale stays, and a version goes
+on from the statistics of the one before it. Statistics are the checkpoint's; the calibrations lie with the versions
+(cluster/reward_models.py).
 """
 
 from __future__ import annotations
@@ -33,11 +35,7 @@ class ScoreScale:
     def normalised(self, batch: TrainBatch, *, score_clip: float) -> Tensor:
         """[B] normalised and clipped scores, each by its own version's statistics, which see this batch first."""
         for version in sorted(set(batch.rm_versions)):
-            calibration = self._calibration(version)
-            if calibration is not None:
-                self.normaliser = self.normaliser.calibrated(
-                    version, mean=calibration.mean, std=calibration.std, count=calibration.count
-                )
+            self.normaliser = self._warmed(version)
         scores_B, self.normaliser = normalised_scores(batch, self.normaliser, score_clip=score_clip)
         self.version = batch.rm_versions[-1]
         return scores_B
@@ -67,6 +65,18 @@ class ScoreScale:
                 ) from error
         self.normaliser = ScoreNormaliser.from_dict(state["normaliser"])
 
+    def _warmed(self, version: str) -> ScoreNormaliser:
+        """The normaliser, with a start for `version` where there is one."""
+        calibration = self._calibration(version)
+        if calibration is not None:
+            return self.normaliser.calibrated(
+                version, mean=calibration.mean, std=calibration.std, count=calibration.count
+            )
+        before = self.normaliser.moments.get(self.version or "")
+        if before is None or not _mixed_alike(version, self.version or ""):
+            return self.normaliser
+        return self.normaliser.calibrated(version, mean=before.mean, std=before.std, count=before.count)
+
     def _calibration(self, version: str) -> Calibration | None:
         """None for a scale that is not a reward model's own (reward.sources), and for a version that is not on disk."""
         if version not in self._calibrations:
@@ -75,3 +85,9 @@ class ScoreScale:
             except ModelError:
                 self._calibrations[version] = None
         return self._calibrations[version]
+
+
+def _mixed_alike(version: str, other: str) -> bool:
+    """Two reward models beside the same other sources, at the same weights."""
+    tag = version.partition("~")[2]
+    return bool(tag) and tag == other.partition("~")[2]

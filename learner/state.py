@@ -128,7 +128,12 @@ class LearnerState:
         self.kl = self.kl_controller.update(
             self.kl, kl_nats_per_sequence=stats.kl_nats_per_sequence, samples=len(experience.batch), scale=scale
         ).moved(update.step_kl_nats_per_sequence)
-        self.best.observe(stats.score_normalised_mean, kl=stats.kl_nats_per_sequence, kl_target=self.kl_target)
+        self.best.observe(
+            stats.score_normalised_mean,
+            kl=stats.kl_nats_per_sequence,
+            kl_target=self.kl_target,
+            rm_version=self.scores.version,
+        )
         self.step += 1
         self.version += 1
         return stats

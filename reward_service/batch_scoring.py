@@ -18,10 +18,11 @@ import numpy as np
 
 from cluster.errors import ScoringError
 from cluster.records import Float32s, Rollout, ScoredRollout
+from cluster.reward_models import NO_MODEL
 from reward_service.cache import CachedScores, ScoreCache, cached_scores, reference_digest, text_key
 from reward_service.forward_thread import ForwardThread
 from reward_service.review.feed import ReviewFeed
-from reward_service.scorer import NO_MODEL, Scorer, Scores
+from reward_service.scorer import Scorer, Scores
 from reward_service.serving import Measured, Outcome, Rewarding, Serving
 from reward_service.worker_metrics import WorkerMetrics
 

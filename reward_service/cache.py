@@ -29,8 +29,8 @@ import msgspec
 from cluster.errors import KeelError
 from cluster.keys import score_key
 from cluster.records import Float32s, Rollout, pack_floats
+from cluster.reward_models import NO_MODEL
 from cluster.stores import ScoreStore
-from reward_service.scorer import NO_MODEL
 
 log = logging.getLogger(__name__)
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from cluster.errors import ScoringError
 from cluster.records import Float32s, Rollout
-
-NO_MODEL: Final = "none"
-"""Version of a scorer that has no reward model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +25,13 @@ class Scores:
     ref_logprobs: Float32s
     """[T] log-probability, in nats, of each response token under the reference policy, at the task's temperature."""
 
-    @property
-    def reward(self) -> float:
-        """Mean of the members."""
-        return aggregate(self.member_scores)[0]
-
 
 class Scorer(Protocol):
     """Frozen models. Every method returns one answer a rollout, in order, and raises ScoringError, naming the task, for
     a rollout it cannot score. Answers do not depend on what else is in the batch."""
 
     version: str
-    """Of the reward-model ensemble; NO_MODEL without one, and then every answer has no member scores."""
+    """Of the ensemble; NO_MODEL (cluster/reward_models.py) without one, and then no answer has member scores."""
     reference_id: str
     """Names the reference model's weights."""
 
@@ -63,16 +55,6 @@ class Scorer(Protocol):
     def reference_logprobs(self, batch: Sequence[Rollout]) -> list[Float32s]:
         """The reference model alone: [T] each."""
         ...
-
-
-def aggregate(member_scores: Sequence[float]) -> tuple[float, float]:
-    """Members → (reward, uncertainty): their mean and population standard deviation; a single member's is 0.0.
-
-    >>> aggregate((1.0, 3.0))
-    (2.0, 1.0)
-    """
-    values = np.asarray(member_scores, dtype=np.float64)
-    return float(values.mean()), float(values.std())
 
 
 @dataclass

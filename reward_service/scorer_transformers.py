@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cluster.errors import ModelError, ScoringError
 from cluster.records import Float32s, Rollout
-from cluster.reward_models import StoredRm
+from cluster.reward_models import NO_MODEL, StoredRm
 from cluster.stored_models import load_stored
 from cluster.text import load_tokenizer
 from reward_service.batcher import forward_groups
@@ -38,8 +38,6 @@ _LOGIT_ELEMENTS: Final = 2**26
 """Most logits at a time: 256 MiB of float32."""
 _PROBE_TOKENS: Final = 5
 _PROBE_TOLERANCE: Final = 1e-3
-NO_MODEL: Final = "none"
-"""Version where no reward model is asked."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +281,8 @@ def _chosen_logprobs(head: nn.Module, *, hidden_NH: Tensor, chosen_N: Tensor, te
 
 def _check_lengths(sequences: Sequence[list[int]], *, names: Sequence[str], limit: int, model: str) -> None:
     for name, sequence in zip(names, sequences, strict=True):
+        if not sequence:  # beside others it would be scored by what is padding
+            raise ScoringError(f"task {name} has nothing that {model} can read", got="no tokens after decoding")
         if len(sequence) > limit:
             raise ScoringError(
                 f"task {name} is longer than {model} can read",

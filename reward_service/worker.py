@@ -15,8 +15,9 @@ Five tasks, one `TaskGroup`:
 Always holds: every entry held is in exactly one of batcher, suspects, forward pass, paused, outcomes; one forward pass
 at a time; a failure is never a number. A rollout that fails is let go, to be handed out again when its lease ends;
 after `max_deliveries` it is dead-lettered with the reason. One whose reward source is away is kept and tried again; it
-fails when the source stays away for `outage_s`. What was handed out before is scored alone, so that a rollout that
-takes its worker down does so without company. The first task to fail ends run() with its error; none outlives it.
+fails when it has waited for `outage_s`. What was handed out before is scored alone, so that a rollout that takes its
+worker down does so without company; and so is what has waited for half of `outage_s`, in case one of it is what takes
+the source down. The first task to fail ends run() with its error; none outlives it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import random
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -107,7 +109,9 @@ class RewardWorker:
         self._outcomes: asyncio.Queue[Outcomes | None] = asyncio.Queue(maxsize=2)
         self._failures_in_a_row = 0
         self._paused: dict[str, Held] = {}
-        self._source_away_since_s: float | None = None
+        self._resuming = False
+        self._away_since_s: dict[str, float] = {}
+        """Entry → when its reward source was first found away."""
         self._claiming = True
         self._arrived = asyncio.Event()
         self._freed = asyncio.Event()
@@ -245,7 +249,7 @@ class RewardWorker:
             await self._bury(held, "no worker that was handed it came back with a result")
 
     def _queue(self, held: Held) -> None:
-        if held.deliveries > 1:
+        if held.deliveries > 1 or self._waited_s(held) >= self._settings.outage_s / 2:
             self._suspects.append(held)
         else:
             self._batcher.add(held, tokens=held.tokens)
@@ -253,6 +257,7 @@ class RewardWorker:
     async def _score_batch(self, batch: Sequence[Held]) -> None:
         """Outcomes for a batch; where it fails, rollout by rollout, so that one does not take the others with it. The
         scoring may also name the rollouts that failed; then the others need no second pass."""
+        self._metrics.progress()
         try:
             results, learned = await self._scoring.score([held.rollout for held in batch])
         except StuckError:
@@ -272,44 +277,53 @@ class RewardWorker:
         away = [(held, result) for held, result in results if isinstance(result, SourceDownError)]
         settled = [(held, result) for held, result in results if not isinstance(result, ScoringError)]
         await self._outcomes.put(Outcomes(settled, learned))
-        if any(isinstance(record, ScoredRollout) for _, record in settled):
+        some_scored = any(isinstance(record, ScoredRollout) for _, record in settled)
+        if some_scored:
             self._failures_in_a_row = 0
-            self._source_away_since_s = None
         if away:
             await self._keep(away)
         for held, result in results:
             if isinstance(result, ScoringError) and not isinstance(result, SourceDownError):
-                await self._fail(held, result)
+                # Beside others that are scored, or failing again: of the sources this says nothing new.
+                await self._fail(held, result, telling=not some_scored and held.deliveries == 1)
 
     async def _keep(self, away: Sequence[tuple[Held, SourceDownError]]) -> None:
         """Try rollouts again after a pause, because it is not their fault that a source is away; meanwhile they take up
-        room, so that not much is claimed. Past `outage_s` they fail."""
-        now_s = self._time.now()
-        if self._source_away_since_s is None:
-            self._source_away_since_s = now_s
-        if now_s - self._source_away_since_s >= self._settings.outage_s:
-            for held, error in away:
+        room, so that not much is claimed. One that has waited for `outage_s` fails."""
+        for held, error in away:
+            self._away_since_s.setdefault(held.entry_id, self._time.now())
+            if self._waited_s(held) >= self._settings.outage_s:
                 self._count("failures")
                 await self._give_up(held, error)
-            return
-        log.warning("%d rollouts wait for a reward source: %s", len(away), away[0][1])
-        for held, _ in away:
-            self._count("paused")
-            self._paused[held.entry_id] = held
-        asyncio.get_running_loop().call_later(_SOURCE_PAUSE_S, self._resume, [held for held, _ in away])
+            else:
+                self._count("paused")
+                self._paused[held.entry_id] = held
+        if self._paused and not self._resuming:
+            self._resuming = True
+            log.warning("%d rollouts wait for a reward source: %s", len(self._away_since_s), away[0][1])
+            asyncio.get_running_loop().call_later(_SOURCE_PAUSE_S, self._resume)
 
-    def _resume(self, due: Sequence[Held]) -> None:
+    def _resume(self) -> None:
+        due = list(self._paused.values())
+        self._paused.clear()
+        self._resuming = False
+        # A source that is away is asked once in a while: not always for the same one, on which it may choke.
+        random.shuffle(due)
         for held in due:
-            if self._paused.pop(held.entry_id, None) is not None:
-                self._queue(held)
+            self._queue(held)
         self._arrived.set()
 
-    async def _fail(self, held: Held, error: Exception) -> None:
-        """One rollout could not be scored: let it go, or bury it at its last delivery."""
+    def _waited_s(self, held: Held) -> float:
+        since_s = self._away_since_s.get(held.entry_id)
+        return 0.0 if since_s is None else self._time.now() - since_s
+
+    async def _fail(self, held: Held, error: Exception, *, telling: bool = True) -> None:
+        """One rollout could not be scored: let it go, or bury it at its last delivery. `telling`: the scorer may be
+        what is broken."""
         self._count("failures")
         task_id = held.rollout.task.task_id
         log.warning("task %s, delivery %d, not scored: %r", task_id, held.deliveries, error)
-        self._failures_in_a_row += 1
+        self._failures_in_a_row += telling
         if self._failures_in_a_row >= _FAILURES_IN_A_ROW:
             raise ScoringError(
                 "the scorer fails on every rollout",
@@ -338,6 +352,7 @@ class RewardWorker:
 
     def _let_go(self, held: Held) -> None:
         del self._held[held.entry_id]
+        self._away_since_s.pop(held.entry_id, None)
         self._freed.set()
 
     def _count(self, what: str) -> None:

@@ -13,8 +13,8 @@ class WorkerMetrics(Protocol):
     """All calls are cheap and never raise."""
 
     def count(self, what: str) -> None:
-        """One more of: scored, dead, rejected, down_weighted, duplicates, failures, redelivered, poison, stream_errors,
-        swaps, swap_failures, review_taken, review_left_out."""
+        """One more of: scored, dead, rejected, down_weighted, duplicates, failures, paused, redelivered, poison,
+        stream_errors, swaps, swap_failures, review_taken, review_left_out."""
         ...
 
     def cache_lookup(self, layer: str | None) -> None:
@@ -64,6 +64,8 @@ class ExportedMetrics:
             "dead": exported.dead_letters,
             "duplicates": exported.lost_leases,
             "failures": exported.failures,
+            "paused": exported.paused,
+            "stream_errors": exported.stream_errors,
             "poison": exported.failures,
             "redelivered": exported.redeliveries,
             "rejected": exported.rejected,

@@ -137,7 +137,10 @@ REWARD: Final = [
         (f"{rate('keel_reward_cache_hits_total', by='run, layer')} / on (run) group_left () "
          f"({rate('keel_reward_cache_hits_total')} + {rate('keel_reward_cache_misses_total')})", "{{run}} {{layer}}"),
     ], unit="percentunit", fraction=True),
-    Panel("Not to be scored", [(rate("keel_reward_failures_total"), "{{run}}")], unit="ops"),
+    Panel("Not to be scored", [
+        (rate("keel_reward_failures_total"), "{{run}} failed"),
+        (rate("keel_reward_paused_total"), "{{run}} put off"),
+    ], unit="ops", help="Put off: a reward source is away, and the answer is tried again"),
     Panel("Uncertain answers", [
         (rate("keel_reward_rejected_total"), "{{run}} rejected"),
         (rate("keel_reward_down_weighted_total"), "{{run}} down-weighted"),

@@ -27,7 +27,7 @@ from cluster.data_records import (
 from cluster.supervise import RolePool
 from configs.run import RefreshSection
 from keel.runtime import Runtime
-from keel.sampling import Answer, Asking, Question, decoded, load_questions
+from keel.sampling import Answer, Asking, Question, decoded, load_questions, policy_tokenizer
 from reward_service.preferences import Candidate
 
 _CHUNK_PROMPTS = 64
@@ -60,6 +60,7 @@ class PairSampler:
         self._runtime = runtime
         self._pool = pool
         self._section = section
+        self._tokenizer = policy_tokenizer(runtime)
         self._questions = load_questions(runtime.config, runtime.run.path, table="prompts")
 
     def sample(self, count: int, *, number: int, version: int) -> Generator[None, None, list[FreshPair]]:
@@ -91,7 +92,7 @@ class PairSampler:
             asking.ask(start, [question.token_ids for question in questions[start : start + _CHUNK_PROMPTS]])
         while asking.open:
             for start, results in asking.answered(wait_s=0.0):
-                answers |= {start + offset: answer for offset, answer in enumerate(decoded(self._runtime, results))}
+                answers |= {start + offset: answer for offset, answer in enumerate(decoded(self._tokenizer, results))}
             yield
         return [answers[position] for position in range(len(questions))]
 

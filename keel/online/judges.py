@@ -4,6 +4,7 @@ called off the driver's loop."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import defaultdict
@@ -13,12 +14,14 @@ from typing import Final, Protocol
 import msgspec
 
 from cluster.data_records import TableReport
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, StreamError
 from cluster.plugin import resolve
-from cluster.review_queue import ReviewItem, ReviewQueue, Verdict, now_iso, standing
+from cluster.review_queue import Recorded, ReviewItem, ReviewQueue, Verdict, now_iso, standing
 from cluster.run_redis import RunRedis
 from configs.run import RunConfig
 from reward_service.preferences import Candidate, Collected, Judge, collect_pairs, is_usable
+
+log = logging.getLogger(__name__)
 
 PEOPLE: Final = "review"
 """rm.refresh.judge: pairs go to the review queue."""
@@ -104,8 +107,10 @@ async def ask_people(
     items = {f"{name}-{index:07d}": candidate for index, candidate in enumerate(candidates) if is_usable(candidate)}
     await queue.push([_item(candidate, item_id) for item_id, candidate in items.items()], limit=_NO_LIMIT)
     until_s = time.monotonic() + timeout_s
+    judged: list[Recorded] = []
     while True:
-        said = await _said(queue, items)
+        await _read_on(queue, judged)
+        said = _said(judged, items)
         complete = all(len(said[item_id]) >= votes for item_id in items)
         if complete or cancelled() or time.monotonic() >= until_s:
             break
@@ -113,10 +118,18 @@ async def ask_people(
     return _labelled(candidates, name=name, said=said)
 
 
-async def _said(queue: ReviewQueue, items: Container[str]) -> dict[str, dict[str, Verdict]]:
+async def _read_on(queue: ReviewQueue, judged: list[Recorded]) -> None:
+    """Add what is new in the queue's log. A server that is away is asked again: people take longer."""
+    try:
+        judged += await queue.judgements(after=judged[-1].position if judged else 0)
+    except StreamError as error:
+        log.warning("review queue not read, trying again: %s", error)
+
+
+def _said(judged: Sequence[Recorded], items: Container[str]) -> dict[str, dict[str, Verdict]]:
     """Item → annotator → what they say of it now."""
     said: dict[str, dict[str, Verdict]] = defaultdict(dict)
-    for entry in standing(await queue.judgements()):
+    for entry in standing(judged):
         if entry.judgement.item_id in items:
             said[entry.judgement.item_id][entry.judgement.annotator] = entry.judgement.verdict
     return said

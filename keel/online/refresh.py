@@ -4,24 +4,29 @@ sampled and judged, a process of its own fine-tunes on them, and a version that 
 Consumes: the learner's step records; answers of the rollout actors; labels of the judge. Produces: fresh preferences
 (data/fresh_preferences.jsonl), reward-model versions, `announce` (for the overseer's thread), refreshes.jsonl.
 Waits: never; `step` is called from the driver's watch loop and goes on with what is under way. Who unblocks it: the
-actors, the judge (people: rm.refresh.label_timeout_s), the training process.
+actors, the judge (rm.refresh.label_timeout_s), the training process.
 Always holds: one refresh at a time; a refresh that fails or is refused leaves the old version in place and the run
-going; the judge is never asked for more than rm.refresh.budget_pairs pairs, restarts included.
+going; the judge is never asked for more than rm.refresh.budget_pairs pairs, restarts included (what a judge that failed
+was asked does not count); a number, and with it the pairs' names, is used once a run; a judge that never answers keeps
+neither the run nor the driver from ending.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 from cluster.data_records import FRESH_PREFERENCES_FILE, PreferencePair, append_rows, data_dir
-from cluster.files import Json, JsonlWriter, read_jsonl
+from cluster.errors import DeadlineError
+from cluster.files import Json, JsonlWriter, atomic_write_text, read_jsonl
 from cluster.reward_models import RewardModels
 from cluster.supervise import RolePool
 from configs.run import RefreshSection
@@ -37,10 +42,14 @@ from reward_service.rm.triggers import RefreshProgress, probe_due, refresh_reaso
 log = logging.getLogger(__name__)
 
 REFRESHES_FILE: Final = "refreshes.jsonl"
+ASKED_FILE: Final = "refresh_asked.json"
+"""What the judge was asked last, written before it is: the driver may be killed before refreshes.jsonl says so."""
 CAUGHT_FILES: Final = ("caught.jsonl", "caught_by_rules.jsonl")
 """Answers found bad by people and by rules: <run>/…, which may not be there."""
 _MIN_LABELLED: Final = 10
 """Fewer clear labels than this teach nothing; the refresh is given up."""
+_LABEL_GRACE_S: Final = 30.0
+"""People end by themselves when their time is up; a function is given up this much later."""
 
 Work = Generator[None, None, None]
 
@@ -70,13 +79,17 @@ class Refresher:
         self._sampler = PairSampler(runtime, rollout, section=section)
         self._trainer = trainer
         self._record = JsonlWriter(runtime.run.path / REFRESHES_FILE)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="judge")
-        self.progress, self._number = _earlier(runtime.run.path / REFRESHES_FILE)
+        fresh = data_dir(runtime.run.path) / FRESH_PREFERENCES_FILE
+        if fresh.exists():  # A last line that a kill or a full disk tore is cut off: no refresh could read the file.
+            JsonlWriter(fresh).close()
+        self.progress, self._number = _earlier(runtime.run.path)
         self._work: Work | None = None
         trainer.start()
 
     def step(self, records: Sequence[Json]) -> None:
         """One turn. `records`: steps of the learner that ended since the last."""
+        if records:
+            self.progress = self.progress.not_ahead_of(records[-1]["version"])
         for record in records:
             self.progress = self.progress.observe(
                 version=record["version"],
@@ -90,13 +103,13 @@ class Refresher:
             self._work = None
 
     def close(self) -> None:
-        """What is under way is given up; the pairs that were judged are kept."""
+        """What is under way is given up; pairs that a judge has handed over, or people have judged, are kept."""
         if self._work is not None:
             self._work.close()
             self._work = None
+            self._note("ended", f"refresh {self._number} is given up: the run ends")
         self._judge.cancel()
         self._trainer.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
         self._record.close()
 
     def _next_work(self) -> Work | None:
@@ -156,9 +169,10 @@ class Refresher:
         collected = yield from self._label(pairs, what="probe")
         sampled = [(pairs[place], pair) for place, pair in zip(collected.places, collected.pairs, strict=True)]
         margins = yield from self._margins(sampled)
-        disagreement = 1.0 - accuracy(margins) if margins else 0.0
+        disagreement = 1.0 - accuracy(margins) if margins else None
         self.progress = replace(self.progress, disagreement=disagreement)
-        self._note("probed", f"reward model and judge order {disagreement:.0%} of {len(margins)} pairs differently")
+        shown = "no pairs to compare" if disagreement is None else f"{disagreement:.0%} of {len(margins)} pairs"
+        self._note("probed", f"reward model and judge order differently: {shown}")
         self._write("probe", outcome="probed", disagreement=disagreement, pairs=collected.report.read)
 
     # ------------------------------------------------------------ their parts
@@ -169,14 +183,16 @@ class Refresher:
 
     def _label(self, pairs: Sequence[FreshPair], *, what: str) -> Generator[None, None, Collected]:
         """Have them judged off this thread, and keep what came of it."""
-        config = self._runtime.config
-        job: Future[Collected] = self._thread.submit(
-            self._judge.label,
-            [pair.candidate for pair in pairs],
-            name=f"{what}-{self._number:04d}",
-            seed=config.seed + 7919 * self._number,
-        )
+        judge, number, seed = self._judge, self._number, self._runtime.config.seed
+        candidates = [pair.candidate for pair in pairs]
+        asked = {"number": number, "pairs_judged": self.progress.pairs_judged + len(candidates)}
+        atomic_write_text(self._runtime.run.path / ASKED_FILE, json.dumps(asked))
+        job = _on_a_thread(lambda: judge.label(candidates, name=f"{what}-{number:04d}", seed=seed + 7919 * number))
+        timeout_s = self._section.label_timeout_s + _LABEL_GRACE_S
+        until_s = time.monotonic() + timeout_s
         while not job.done():
+            if time.monotonic() > until_s:
+                raise DeadlineError("the judge did not answer", got=f"nothing for {timeout_s:.0f} s")
             yield
         collected = job.result()
         self.progress = self.progress.judged(collected.report.read)
@@ -263,8 +279,31 @@ def make_refresher(runtime: Runtime, roles: Roles, *, announced: Callable[[str, 
 _ENDED: Final = object()
 
 
-def _earlier(path: Path) -> tuple[RefreshProgress, int]:
-    """Where the refreshes of an earlier driver of this run left off."""
+def _on_a_thread(call: Callable[[], Collected]) -> Future[Collected]:
+    """Its result to come. The thread is a daemon: the driver ends whether or not the call does."""
+    job: Future[Collected] = Future()
+
+    def work() -> None:
+        try:
+            job.set_result(call())
+        except Exception as error:  # The judge is the user's function: it may raise anything.
+            job.set_exception(error)
+
+    threading.Thread(target=work, name="judge", daemon=True).start()
+    return job
+
+
+def _earlier(run_dir: Path) -> tuple[RefreshProgress, int]:
+    """Where the refreshes of an earlier driver of this run left off, and the last number that it used."""
+    progress, number = _on_record(run_dir / REFRESHES_FILE)
+    path = run_dir / ASKED_FILE
+    asked = json.loads(path.read_text()) if path.exists() else {"number": 0}
+    if asked["number"] > number:  # It was killed or stopped before it came to an end.
+        return replace(progress, pairs_judged=asked["pairs_judged"]), asked["number"]
+    return progress, number
+
+
+def _on_record(path: Path) -> tuple[RefreshProgress, int]:
     last = read_jsonl(path)[-1:] if path.exists() else []
     if not last:
         return RefreshProgress(), 0

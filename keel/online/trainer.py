@@ -1,21 +1,27 @@
 """The process that trains reward models while a run goes on. It is kept between refreshes: loading the libraries takes
 as long as a small refresh.
 
-Consumes: one request at a time. Produces: a reference to its outcome. Waits: never; Ray does.
-Always holds: a process that died is replaced at the next request; the one at hand fails and changes nothing.
+Consumes: one request at a time. Produces: a reference to its outcome. Waits: to be closed, for the process's death.
+Who unblocks it: Ray, which killed it, or the deadline.
+Always holds: a process that died is replaced at the next request; the one at hand fails and changes nothing; `close`
+leaves no process, and no draft of a reward model.
 """
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+from cluster.reward_models import RewardModels
 from configs.run import RefreshSection, RunConfig
 from keel.ray_environment import torch_environment
 from keel.rundir import append_progress
 from keel.runtime import Runtime
 from reward_service.rm.refresh import RefreshOutcome, RefreshRequest
+
+_DEATH_S: Final = 5.0
+"""A process that was killed is gone by then."""
 
 
 class Trainer(Protocol):
@@ -62,7 +68,10 @@ class RayTrainer:
         if self._process is not None:
             with contextlib.suppress(Exception):  # Ray itself may be gone.
                 self._runtime.ray.kill(self._process)
+                if self._asked is not None:
+                    self._runtime.ray.wait([self._asked], timeout=_DEATH_S)
             self._process = None
+            RewardModels(self._runtime.run.path / "rm").clear_drafts()
 
     def _died(self) -> bool:
         """The last request ended with the process."""

@@ -20,7 +20,8 @@ from cluster.footprint import (
     payload_bytes,
     reward_worker,
 )
-from configs.run import LoraSection, RunConfig
+from cluster.footprint_refresh import refresh_trainer
+from configs.run import LoraSection, RefreshSection, RunConfig
 from keel.planning.placement import Assignment, NodeLoad, Process
 from keel.planning.view import ClusterView
 
@@ -84,22 +85,19 @@ def _no_place(missing: list[Process], cluster: ClusterView) -> str:
 def _fewer(role: str, assignment: Assignment, config: RunConfig, cluster: ClusterView) -> str:
     placed = assignment.count(role)
     key = {"rollout": "rollout.actors", "reward": "reward.workers", "learner": "learner.ranks"}.get(role)
-    gpus_key = {
-        "rollout": "rollout.gpus_per_actor",
-        "reward": "reward.gpus_per_worker",
-    }.get(role, "learner.gpus_per_rank")
-    asked = {
-        "rollout": config.rollout.gpus_per_actor,
-        "reward": config.reward.gpus_per_worker,
-    }.get(role, config.learner.gpus_per_rank)
+    refresh = config.rm.refresh or RefreshSection()
+    gpus_key, asked, cpus_key = {
+        "rollout": ("rollout.gpus_per_actor", config.rollout.gpus_per_actor, "rollout.cpus_per_actor"),
+        "reward": ("reward.gpus_per_worker", config.reward.gpus_per_worker, "reward.cpus_per_worker"),
+        "refresh": ("rm.refresh.gpus", refresh.gpus, "rm.refresh.cpus"),
+    }.get(role, ("learner.gpus_per_rank", config.learner.gpus_per_rank, "learner.cpus_per_rank"))
     if asked and not cluster.gpus:
         return f"{gpus_key}=0, or nodes with GPUs (ray.address names a cluster)"
     fixes = [f"{key}={placed}"] if key and placed else []
-    if asked > 1 and asked > max(node.gpus for node in cluster.nodes):
+    if role == "rollout" and asked > 1 and asked > max(node.gpus for node in cluster.nodes):
         most = max(int(node.gpus) for node in cluster.nodes)
         fixes.append(f"rollout.tensor_parallel_size={most} rollout.gpus_per_actor={most}")
-    cpus_key = {"rollout": "rollout.cpus_per_actor", "reward": "reward.cpus_per_worker"}.get(role)
-    fixes += [f"less {cpus_key or 'learner.cpus_per_rank'}", "or add nodes"]
+    fixes += [f"less {cpus_key}", "or add nodes"]
     return ", ".join(fixes)
 
 
@@ -276,6 +274,25 @@ def reward_findings(architecture: Architecture, config: RunConfig, *, cluster: C
     yield Finding(severity, "reward", what, " or ".join(fixes) or "a smaller model, or GPUs with more memory")
 
 
+def refresh_findings(architecture: Architecture, config: RunConfig, *, cluster: ClusterView) -> Iterator[Finding]:
+    """The process that refreshes reward models, on one GPU."""
+    have = cluster.gpu_bytes
+    if config.rm.refresh is not None and config.rm.refresh.gpus and not config.learner.on_gpu:
+        what = "its GPU stays idle: reward models are trained on a GPU only where the learner is on one"
+        yield Finding("tight", "refresh", what, "rm.refresh.gpus=0")
+    needed = refresh_trainer(architecture, config).gpu_bytes
+    severity = _over(needed, have)
+    if severity is None or have is None:
+        return
+
+    def fits(batch_size: int) -> bool:
+        return refresh_trainer(architecture, changed(config, rm__batch_size=batch_size)).gpu_bytes <= TIGHT * have
+
+    size = _largest(1, config.rm.batch_size, fits=fits)
+    what = f"training a reward model, or measuring two versions, needs {gib(needed)}, its GPU has {gib(have)}"
+    yield Finding(severity, "refresh", what, f"rm.batch_size={size}" if size else "rm.refresh.gpus=0")
+
+
 def stage_findings(architecture: Architecture, config: RunConfig, *, cluster: ClusterView) -> Iterator[Finding]:
     """The offline stages, one process on one GPU each."""
     have = cluster.gpu_bytes
@@ -324,7 +341,8 @@ def sharing_findings(assignment: Assignment, *, config: RunConfig) -> Iterator[F
 
 
 def _shares(config: RunConfig) -> Iterable[float]:
-    return config.learner.gpus_per_rank, config.rollout.gpus_per_actor, config.reward.gpus_per_worker
+    refresh = 0.0 if config.rm.refresh is None else config.rm.refresh.gpus
+    return config.learner.gpus_per_rank, config.rollout.gpus_per_actor, config.reward.gpus_per_worker, refresh
 
 
 def colocation_findings(architecture: Architecture, config: RunConfig, *, cluster: ClusterView) -> Iterator[Finding]:

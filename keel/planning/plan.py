@@ -27,6 +27,7 @@ from cluster.footprint import (
     payload_bytes,
     reward_worker,
 )
+from cluster.footprint_refresh import refresh_trainer, refreshes
 from configs.run import RunConfig
 from keel.planning import checks as plan_checks
 from keel.planning.checks import Finding
@@ -249,6 +250,10 @@ def _roles(architecture: Architecture | None, config: RunConfig, cluster: Cluste
     if "ppo" in stages or "evaluate" in stages:
         size = nothing if architecture is None else reward_worker(architecture, config)
         yield RolePlan("reward", reward.workers, reward.cpus_per_worker, reward.gpus_per_worker, size, online=True)
+    refresh = config.rm.refresh
+    if "ppo" in stages and refresh is not None and refreshes(config):
+        size = nothing if architecture is None else refresh_trainer(architecture, config)
+        yield RolePlan("refresh", 1, refresh.cpus, refresh.gpus, size, online=True)
 
 
 def _stage_place_findings(roles: tuple[RolePlan, ...], cluster: ClusterView) -> Iterator[Finding]:
@@ -277,6 +282,7 @@ def _size_findings(
         "learner": plan_checks.learner_findings,
         "rollout": plan_checks.engine_findings,
         "reward": plan_checks.reward_findings,
+        "refresh": plan_checks.refresh_findings,
     }
     for name, check in by_role.items():
         if name in names:

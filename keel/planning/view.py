@@ -100,7 +100,10 @@ class ClusterView:
 
 
 def wants_gpus(config: RunConfig) -> bool:
-    return bool(config.learner.gpus_per_rank or config.rollout.gpus_per_actor or config.reward.gpus_per_worker)
+    refresh = config.rm.refresh is not None and config.rm.refresh.gpus
+    return bool(
+        config.learner.gpus_per_rank or config.rollout.gpus_per_actor or config.reward.gpus_per_worker or refresh
+    )
 
 
 def cpus_needed(config: RunConfig) -> float:
@@ -109,6 +112,7 @@ def cpus_needed(config: RunConfig) -> float:
         config.learner.cpus
         + config.rollout.actors * config.rollout.cpus_per_actor
         + config.reward.workers * config.reward.cpus_per_worker
+        + (0.0 if config.rm.refresh is None else config.rm.refresh.cpus)
     )
 
 

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from cluster.data_records import PREFERENCES_FILE, PROMPTS_FILE, SFT_FILE, Prompt, data_dir
+from cluster.data_records import (
+    PREFERENCES_FILE,
+    PROMPTS_FILE,
+    SFT_FILE,
+    UNCLEAR_FILE,
+    PreferencePair,
+    Prompt,
+    data_dir,
+    read_rows,
+)
 from cluster.data_tables import Located, read_table, scan_table
 from cluster.dialogues import Rejection, check_prompt
 from cluster.errors import DataError
@@ -21,23 +30,26 @@ from reward_service.audit.rebalance import How
 from reward_service.audit.records import AUDIT_FILE, Audit, encode_audit
 
 Say = Callable[[str], None]
+Rebalance = Literal["none", "stratified", "weights"]
+HOW: Final[dict[Rebalance, How]] = {"none": "none", "stratified": "stratified", "weights": "inverse_frequency"}
+"""What --rebalance says → rm.rebalance."""
 
 _PROBLEMS_SHOWN: Final = 5
 _TABLES: Final = (".jsonl", ".jsonl.gz", ".parquet")
-_HOW: Final[dict[str, How]] = {"none": "none", "stratified": "stratified", "weights": "inverse_frequency"}
 
 
 @dataclass(frozen=True)
 class AuditInput:
     """What to audit. `path`: preferences in any form that Keel reads, a directory that holds one file of them, or a
-    run's directory, whose SFT and RL prompts are then looked at too. `columns`: field → column of the preferences.
-    `rebalance`: say what it would change."""
+    run's directory, whose SFT and RL prompts and judged pairs without a clear majority are then looked at too.
+    `columns`: field → column of the preferences. `rebalance`: say what it would change."""
 
     path: Path
     columns: Mapping[str, str] = field(default_factory=dict)
     sft: Path | None = None
     prompts: Path | None = None
-    rebalance: Literal["none", "stratified", "weights"] = "none"
+    unclear: Path | None = None
+    rebalance: Rebalance = "none"
 
 
 def audit_file(what: AuditInput, *, out: Path | None = None, seed: int = 0, say: Say | None = print) -> Audit:
@@ -62,14 +74,16 @@ def load_audit(what: AuditInput, *, seed: int = 0) -> Audit:
 
 
 def _audit(what: AuditInput, *, seed: int) -> Audit:
+    from reward_service.audit.agreement import votes_of
     from reward_service.audit.audit import Around, Records, audit
 
     source = FileSource(path=what.path, columns=dict(what.columns))
     loaded = read_preferences(source, needed=False)
     _require_pairs(what.path, loaded)
+    unclear = [] if what.unclear is None else read_rows(what.unclear, PreferencePair)
     around = Around(
-        unclear=loaded.unclear,
-        votes=loaded.votes,
+        unclear=[*loaded.unclear, *unclear],
+        votes=[*loaded.votes, *votes_of(unclear)],
         ratings=loaded.ratings,
         shown=_shown(source),
         records=Records(
@@ -79,7 +93,7 @@ def _audit(what: AuditInput, *, seed: int) -> Audit:
         ),
         sft_prompts=_prompts(what.sft),
         rl_prompts=_prompts(what.prompts),
-        rebalance=_HOW[what.rebalance],
+        rebalance=HOW[what.rebalance],
     )
     return audit(loaded.pairs, around=around, source=str(what.path), seed=seed)
 
@@ -104,7 +118,7 @@ def _resolved(what: AuditInput) -> AuditInput:
         return data / name if (data / name).is_file() else None
 
     sft, prompts = what.sft or own(SFT_FILE), what.prompts or own(PROMPTS_FILE)
-    return replace(what, path=preferences, sft=sft, prompts=prompts)
+    return replace(what, path=preferences, sft=sft, prompts=prompts, unclear=own(UNCLEAR_FILE))
 
 
 def _default_out(path: Path) -> Path:

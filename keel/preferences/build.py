@@ -5,22 +5,20 @@ The files appear whole, once everything is read and labelled; after an error the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from cluster.data_records import PreferencePair, write_rows
 from cluster.errors import DataError
 from cluster.labels import MIN_CONFIDENCE
+from keel.preferences.audit import HOW, Rebalance, Say
 from reward_service.audit.agreement import Agreement, agreement
 from reward_service.audit.annotations import LoadedPreferences, Problem, load_preferences
-from reward_service.audit.rebalance import How, rebalance
+from reward_service.audit.rebalance import rebalance
 
 SHOWN_PROBLEMS: Final = 20
-_HOW: Final[dict[str, How]] = {"none": "none", "stratified": "stratified", "weights": "inverse_frequency"}
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class BuildOptions:
     and go to a file of their own. `min_confidence`: least share of votes for the chosen answer."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
-    rebalance: Literal["none", "stratified", "weights"] = "none"
+    rebalance: Rebalance = "none"
     held_out: float = 0.0
     min_confidence: float = MIN_CONFIDENCE
     min_votes: int = 1
@@ -64,7 +62,7 @@ def build(path: Path, *, out: Path, options: BuildOptions, say: Say) -> Built:
         seed=options.seed,
     )
     measured = agreement([*loaded.votes, *loaded.held_out_votes], ratings=loaded.ratings)
-    pairs = rebalance(loaded.pairs, how=_HOW[options.rebalance], seed=options.seed)
+    pairs = rebalance(loaded.pairs, how=HOW[options.rebalance], seed=options.seed)
     held_out_path = out.with_suffix(".held_out.jsonl") if loaded.held_out_pairs else None
     if held_out_path is not None:
         write_rows(held_out_path, loaded.held_out_pairs)
@@ -77,7 +75,15 @@ def build(path: Path, *, out: Path, options: BuildOptions, say: Say) -> Built:
         names = ", ".join(loaded.held_out)
         say(f"wrote {_several(len(loaded.held_out_pairs), 'pair')} labelled by {names} alone to {held_out_path}")
         say("their votes made no label: set rm.held_out_annotators to 0 in a run on these pairs")
+    elif options.held_out:
+        say(f"no pairs of held-out annotators: {_why_none_held_out(loaded, measured, share=options.held_out)}")
     return Built(out, len(pairs), held_out_path, loaded, measured)
+
+
+def _why_none_held_out(loaded: LoadedPreferences, measured: Agreement, *, share: float) -> str:
+    if loaded.held_out:
+        return f"{', '.join(loaded.held_out)} left no clear label"
+    return f"{share:.0%} of {_several(len(measured.annotators), 'named annotator')} is less than one"
 
 
 def _check_out(path: Path, out: Path) -> None:

@@ -5,7 +5,6 @@ Pure: numpy inside functions, no torch, no queue. The same result whichever answ
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from cluster.data_records import PreferencePair
 from cluster.preference_table import Vote
 from reward_service.audit.cues import false_discovery_rates, terms, two_sided_p
+from reward_service.audit.lengths import length_unit, lengths_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,6 @@ _CLIP_STD: Final = 3.0
 _ALIKE_Z: Final = 3.0
 _NEWTON_STEPS: Final = 50
 _SAYS: Final = "says "
-_WORD: Final = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,9 @@ def biases(
     """Which annotators' votes follow length, or one of `cue_words`, more or less than the others' do; strongest first.
 
     For each annotator one logistic regression of the vote on the difference in length and in the presence of each word
-    (words or pairs of words, as reward_service.cues.terms finds them). What all annotators like, for whatever reason,
-    is in every annotator's coefficients; the mean of those who are alike is taken off, so what is left is this one's
-    own. It takes three annotators, most of them alike: what most of them lean to is a bias of the data.
+    (words or pairs of words, as audit/cues.py's `terms` finds them). What all annotators like, for whatever reason, is
+    in every annotator's coefficients; the mean of those who are alike is taken off, so what is left is this one's own.
+    It takes three annotators, most of them alike: what most of them lean to is a bias of the data.
     Standard errors count each pair once, however many judged it (sandwich estimate, clustered by pair).
     """
     numbers = {pair.pair_id: number for number, pair in enumerate(pairs)}
@@ -99,7 +98,7 @@ def _features(pairs: Sequence[PreferencePair], words: Sequence[str]) -> dict[str
     tell nothing beside an earlier one, as "are" beside "amazing" in "you are amazing"."""
     import numpy as np
 
-    longer_by = [len(_WORD.findall(pair.chosen)) - len(_WORD.findall(pair.rejected)) for pair in pairs]
+    longer_by = [chosen - rejected for chosen, rejected in lengths_of(pairs, unit=length_unit(pairs))]
     lengths = np.array(longer_by, dtype=float)
     scale = float(np.sqrt(np.mean(lengths**2))) if len(lengths) else 0.0
     features = {LENGTH: np.clip(lengths / scale, -_CLIP_STD, _CLIP_STD)} if scale > 0 else {}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from cluster.data_records import PreferencePair
-from reward_service.audit.duplicates import normalised, prompt_text
+from reward_service.audit.duplicates import content_text, normalised
 from reward_service.audit.lengths import LengthPair, longer_preferred
 from reward_service.audit.rebalance import How, rebalance, topics_of
 from reward_service.audit.records import Finding, Number, Stratum
@@ -33,7 +33,7 @@ def topic_strata(pairs: Sequence[PreferencePair], lengths: Sequence[LengthPair],
         members[topic].append(place)
     if len(members) < 2:
         return []
-    names = _names([normalised(prompt_text(pair.prompt)) for pair in pairs], members)
+    names = _names([normalised(content_text(pair.prompt)) for pair in pairs], members)
     strata: list[Stratum] = []
     for topic, places in members.items():
         share = longer_preferred([lengths[place] for place in places])
@@ -107,11 +107,11 @@ def rebalanced(pairs: Sequence[PreferencePair], lengths: Sequence[LengthPair], *
     """How often the longer answer would be chosen after rebalancing."""
     length = {pair.pair_id: both for pair, both in zip(pairs, lengths, strict=True)}
     after = rebalance(pairs, how=how, seed=seed)
-    unequal = [(pair.weight or 1.0, length[pair.pair_id]) for pair in after if len(set(length[pair.pair_id])) > 1]
+    unequal = [(_weight(pair), length[pair.pair_id]) for pair in after if len(set(length[pair.pair_id])) > 1]
     total = sum(weight for weight, _ in unequal)
     longer = sum(weight for weight, (chosen, rejected) in unequal if chosen > rejected) / total if total else None
     before = longer_preferred(lengths)
-    most = max(pair.weight or 1.0 for pair in after)
+    most = max(map(_weight, after))
     different = len({pair.pair_id for pair in after})
     spent = f"{different:,} of {len(pairs):,} pairs drawn" if how == "stratified" else f"weights up to {most:.1f}"
     was = "" if before is None else f" (was {before.share:.1%})"
@@ -125,3 +125,7 @@ def rebalanced(pairs: Sequence[PreferencePair], lengths: Sequence[LengthPair], *
         advice=f"keel data build … --rebalance {'stratified' if how == 'stratified' else 'weights'}, or "
         f"rm.rebalance: {how}, which evens out the training pairs alone.",
     )  # fmt: skip
+
+
+def _weight(pair: PreferencePair) -> float:
+    return 1.0 if pair.weight is None else pair.weight

@@ -34,8 +34,8 @@ _WORD: Final = re.compile(r"\w+")
 Shingles = frozenset[str]
 
 
-def prompt_text(prompt: Prompt) -> str:
-    """Text of a prompt, messages one after another."""
+def content_text(prompt: Prompt) -> str:
+    """What a prompt says, without roles: messages one after another."""
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
 
@@ -99,7 +99,9 @@ def _exact(pairs: Sequence[PreferencePair]) -> tuple[int, int, list[tuple[str, s
     first: list[tuple[str, str, str]] = []
     same = opposed = 0
     for pair in pairs:
-        prompt, chosen, rejected = (normalised(text) for text in (prompt_text(pair.prompt), pair.chosen, pair.rejected))
+        prompt, chosen, rejected = (
+            normalised(text) for text in (content_text(pair.prompt), pair.chosen, pair.rejected)
+        )
         if (prompt, chosen, rejected) in seen:
             same += 1
         elif (prompt, rejected, chosen) in seen:
@@ -166,8 +168,8 @@ def _contradiction(exact: int, near: int, *, total: int) -> Finding:
 
 def prompt_overlap(sft: Sequence[Prompt], rl: Sequence[Prompt]) -> Finding:
     """How many of the prompts that PPO trains on were also in SFT's demonstrations. Neither may be empty."""
-    known = {normalised(prompt_text(prompt)) for prompt in sft}
-    asked = list(dict.fromkeys(normalised(prompt_text(prompt)) for prompt in rl))
+    known = {normalised(content_text(prompt)) for prompt in sft}
+    asked = list(dict.fromkeys(normalised(content_text(prompt)) for prompt in rl))
     exact = [text for text in asked if text in known]
     others = [text for text in asked if text not in known]
     near = _near_any(others[:MAX_PAIRS], sorted(known)[:MAX_PAIRS])

@@ -1,7 +1,7 @@
 """What can be told about the label without reading the answers properly: by length alone, by an answer's words without
 the prompt, by the prompt without the answers. Cross-validated, whole prompts in one fold; scikit-learn stands here.
 
-Each pair enters from a random side (seeded), so a predictor that knows nothing is right in half of the cases.
+Pairs enter from either side, half of them each, so a predictor that knows nothing is right in half of the cases.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from cluster.data_records import PreferencePair, Prompt, stable_prompt_id
-from reward_service.audit.duplicates import prompt_text
+from reward_service.audit.duplicates import content_text
 from reward_service.audit.lengths import LengthPair
 from reward_service.audit.records import Finding, Level, Share, share_of, worst_of
 
@@ -43,7 +43,7 @@ def leakage(pairs: Sequence[PreferencePair], lengths: Sequence[LengthPair], *, s
     groups = [stable_prompt_id(pair.prompt) for pair in some]
     if len(set(groups)) < 2 * FOLDS:
         return []
-    findings = [_length_only(some_lengths, groups, seed=seed), _words_only(some, groups, seed=seed)]
+    findings = [_length_only(some_lengths, groups), _words_only(some, groups)]
     prompt_only = _prompt_only(some, some_lengths, groups)
     return [*findings, prompt_only] if prompt_only is not None else findings
 
@@ -51,13 +51,13 @@ def leakage(pairs: Sequence[PreferencePair], lengths: Sequence[LengthPair], *, s
 # ---------------------------------------------------------------- length
 
 
-def _length_only(lengths: Sequence[LengthPair], groups: Sequence[str], *, seed: int) -> Finding:
+def _length_only(lengths: Sequence[LengthPair], groups: Sequence[str]) -> Finding:
     import numpy as np
 
     difference = np.array([[chosen - rejected] for chosen, rejected in lengths], dtype=float)
     ratio = np.array([[np.log1p(chosen) - np.log1p(rejected)] for chosen, rejected in lengths])
     features = np.hstack([np.sign(difference), ratio, difference / (difference.std() or 1.0)])
-    share = _paired_accuracy(features, groups, seed=seed)
+    share = _paired_accuracy(features, groups)
     level = _level(share.low, warn=WARN_LENGTH, bad=BAD_LENGTH)
     return Finding(
         name="length_only",
@@ -73,7 +73,7 @@ def _length_only(lengths: Sequence[LengthPair], groups: Sequence[str], *, seed: 
 # ---------------------------------------------------------------- words of the answers
 
 
-def _words_only(pairs: Sequence[PreferencePair], groups: Sequence[str], *, seed: int) -> Finding:
+def _words_only(pairs: Sequence[PreferencePair], groups: Sequence[str]) -> Finding:
     from sklearn.feature_extraction.text import CountVectorizer
 
     texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
@@ -82,7 +82,7 @@ def _words_only(pairs: Sequence[PreferencePair], groups: Sequence[str], *, seed:
         counts = counter.fit_transform(texts).astype(float)
     except ValueError:  # no word occurs three times
         return Finding(name="words_only", level="ok", value="no word occurs often enough", meaning="Nothing to learn.")
-    share = _paired_accuracy(counts[0::2] - counts[1::2], groups, seed=seed)
+    share = _paired_accuracy((counts[0::2] - counts[1::2]).tocsr(), groups)
     level = _level(share.low, warn=WARN_WORDS, bad=BAD_WORDS)
     return Finding(
         name="words_only",
@@ -177,20 +177,23 @@ def _order_from_prompt(shown: Shown, groups: Sequence[str]) -> tuple[Share, floa
 # ---------------------------------------------------------------- cross-validation
 
 
-def _paired_accuracy(features: Any, groups: Sequence[str], *, seed: int) -> Share:
-    """`features`: chosen − rejected, a row a pair. Accuracy in order of preference; an undecided pair is half right."""
+def _paired_accuracy(features: Any, groups: Sequence[str]) -> Share:
+    """`features`: chosen − rejected, a row a pair. Accuracy in order of preference; an undecided pair is half right.
+
+    Without an intercept a pair says the same from either side, so every other one is turned over: in each fold there
+    are both labels, which scikit-learn wants.
+    """
     import numpy as np
     from sklearn.linear_model import LogisticRegression
 
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, size=len(groups))
-    labels[: min(2, len(groups))] = [0, 1][: len(groups)]
-    signs = (2 * labels - 1).astype(float)
-    signed = features.multiply(signs[:, None]).tocsr() if hasattr(features, "multiply") else features * signs[:, None]
     right = 0.0
     for train, test in _folds(groups):
-        model = LogisticRegression(fit_intercept=False, C=0.1, max_iter=300).fit(signed[train], labels[train])
-        margins = model.decision_function(signed[test]) * signs[test]
+        labels = np.arange(len(train)) % 2
+        signs = (2.0 * labels - 1.0)[:, None]
+        some = features[train]
+        signed = some.multiply(signs).tocsr() if hasattr(some, "multiply") else some * signs
+        model = LogisticRegression(fit_intercept=False, C=0.1, max_iter=300).fit(signed, labels)
+        margins = model.decision_function(features[test])
         right += float((margins > 0).sum() + 0.5 * (margins == 0).sum())
     return share_of(right, len(groups))
 
@@ -204,7 +207,7 @@ def _prompt_accuracy(prompts: Sequence[Prompt], labels: Any, groups: Sequence[st
         return None
     vectorizer = TfidfVectorizer(max_features=_MAX_WORDS, token_pattern=r"\w+")
     try:
-        features = vectorizer.fit_transform([prompt_text(prompt) for prompt in prompts])
+        features = vectorizer.fit_transform([content_text(prompt) for prompt in prompts])
     except ValueError:  # no words
         return None
     commoner = float(max(labels.mean(), 1 - labels.mean()))

@@ -10,7 +10,6 @@ Apply it to training pairs alone, after held-out ones are split off: a sample re
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import Final, Literal
 import msgspec
 
 from cluster.data_records import PreferencePair, Prompt
+from reward_service.audit.duplicates import content_text
+from reward_service.audit.lengths import length_unit, lengths_of
 
 CAP: Final = 4.0
 """Most that a pair counts, where the mean is 1."""
@@ -28,15 +29,14 @@ MIN_PAIRS_PER_TOPIC: Final = 200
 _BUCKETS: Final = 3
 _MOST_WORDS: Final = 4096
 _MOST_CLUSTERED: Final = 20_000
-_WORD: Final = re.compile(r"\w+")
 
 How = Literal["none", "stratified", "inverse_frequency"]
 
 
 @dataclass(frozen=True, order=True)
 class Stratum:
-    """`longer`: the chosen answer, the rejected one, or neither. `bucket`: thirds of the pairs by length difference
-    in words, 0 the smallest. `topic`: a number without meaning."""
+    """`longer`: the chosen answer, the rejected one, or neither. `bucket`: thirds of the pairs by difference in length,
+    0 the smallest. `topic`: a number without meaning."""
 
     longer: Literal["chosen", "rejected", "neither"]
     bucket: int
@@ -107,7 +107,7 @@ def _weight_by_stratum(sizes: Mapping[Stratum, int], *, cap: float) -> dict[Stra
 
 def strata(pairs: Sequence[PreferencePair], *, seed: int = 0) -> list[Stratum]:
     """The stratum of each pair."""
-    differences = [_words(pair.chosen) - _words(pair.rejected) for pair in pairs]
+    differences = [chosen - rejected for chosen, rejected in lengths_of(pairs, unit=length_unit(pairs))]
     sizes = sorted(abs(difference) for difference in differences if difference)
     bounds = [sizes[len(sizes) * part // _BUCKETS] for part in range(1, _BUCKETS)] if sizes else []
     topics = topics_of([pair.prompt for pair in pairs], seed=seed)
@@ -125,10 +125,6 @@ def _bucket(size: int, bounds: Sequence[int]) -> int:
     return sum(size >= bound for bound in bounds) if size else 0
 
 
-def _words(text: str) -> int:
-    return len(_WORD.findall(text))
-
-
 def topics_of(prompts: Sequence[Prompt], *, topics: int = TOPICS, seed: int = 0) -> list[int]:
     """A topic for each prompt: k-means over the TF-IDF of their words. Fewer topics where prompts are few; one, where
     there are no words to tell prompts apart."""
@@ -136,7 +132,7 @@ def topics_of(prompts: Sequence[Prompt], *, topics: int = TOPICS, seed: int = 0)
     from sklearn.feature_extraction.text import TfidfVectorizer
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    texts = [_text(prompt) for prompt in prompts]
+    texts = [content_text(prompt) for prompt in prompts]
     distinct = list(dict.fromkeys(texts))
     k = min(topics, len(texts) // MIN_PAIRS_PER_TOPIC, len(distinct))
     if k < 2:
@@ -154,7 +150,3 @@ def topics_of(prompts: Sequence[Prompt], *, topics: int = TOPICS, seed: int = 0)
         labels = clusters.predict(matrix)
     number = dict(zip(distinct, map(int, labels), strict=True))
     return [number[text] for text in texts]
-
-
-def _text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)

@@ -16,9 +16,11 @@ from typing import Final, TypeVar
 
 from cluster.data_records import PreferencePair, Prompt
 from cluster.errors import ScoringError
+from cluster.labels import without_annotators
 from cluster.plugin import resolve
 from configs.run import RunConfig
 from reward_service.audit.cues import lexical_cues
+from reward_service.card.labels import judged_pairs
 from reward_service.card.measure import validate_rm
 from reward_service.card.probes import Probe, build_probes
 from reward_service.card.records import (
@@ -82,7 +84,7 @@ def make_card(scorers: Scorers, *, data: CardData, settings: CardSettings) -> Ca
     held_out = _scored_pairs(scorers, data.held_out, source="held_out", gold=settings.gold)
     train = _scored_pairs(scorers, _some(data.train, settings.train_answers // 2, rng), source="train", gold=None)
     policy = _some(data.policy, settings.policy_answers, rng)
-    read = _some(data.train, TRAIN_PAIRS_READ, rng)
+    read = without_annotators(_some(data.train, TRAIN_PAIRS_READ, rng), data.held_out_annotators).pairs
     scored_policy = _scored(scorers, [(one.prompt, one.answer) for one in policy], source="policy", gold=settings.gold)
     return validate_rm(
         CardInputs(
@@ -93,7 +95,7 @@ def make_card(scorers: Scorers, *, data: CardData, settings: CardSettings) -> Ca
             policy=[_with_human_score(answer, given) for answer, given in zip(scored_policy, policy, strict=True)],
             probes=_scored_probes(scorers, _probes(read, scorers=scorers, settings=settings)),
             held_out_annotators=data.held_out_annotators,
-            length_only_accuracy=_length_only_accuracy(scorers, read, held_out),
+            length_only_accuracy=_length_only_accuracy(scorers, read, held_out, left_out=data.held_out_annotators),
             parent=settings.parent,
             number=settings.number,
             reason=settings.reason,
@@ -184,11 +186,13 @@ def _scored_probes(scorers: Scorers, probes: Sequence[Probe]) -> list[ScoredProb
 
 
 def _length_only_accuracy(
-    scorers: Scorers, train: Sequence[PreferencePair], held_out: Sequence[ScoredPair]
+    scorers: Scorers, train: Sequence[PreferencePair], held_out: Sequence[ScoredPair], *, left_out: Sequence[str]
 ) -> float | None:
-    if not train or not held_out:
+    """By the labels that accuracy is measured on. `train`: in their order already."""
+    judged = judged_pairs(held_out, left_out=left_out)
+    if not train or not judged:
         return None
     return length_only_accuracy(
         [(scorers.tokens(pair.chosen), scorers.tokens(pair.rejected)) for pair in train],
-        [(pair.chosen.tokens, pair.rejected.tokens) for pair in held_out],
+        [(pair.preferred.tokens, pair.other.tokens) for pair in judged],
     )

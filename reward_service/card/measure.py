@@ -120,12 +120,13 @@ def _annotators(inputs: CardInputs) -> tuple[Rate | None, Rate | None, tuple[Ann
     majorities: dict[bool, list[float]] = {False: [], True: []}
     own: dict[str, list[float]] = {}
     for scored in inputs.held_out:
-        votes = dict(zip(scored.pair.annotators or (), scored.pair.votes or (), strict=False))
+        votes = list(zip(scored.pair.annotators or (), scored.pair.votes or (), strict=False))
         margin = scored.chosen.score - scored.rejected.score
-        for annotator, for_chosen in votes.items():
-            own.setdefault(annotator, []).append(margin if for_chosen else -margin)
+        for annotator, for_chosen in votes:
+            if annotator:  # "": not known who, and maybe more than one
+                own.setdefault(annotator, []).append(margin if for_chosen else -margin)
         for held_out, margins in majorities.items():
-            ballots = [vote for who, vote in votes.items() if (who in inputs.held_out_annotators) == held_out]
+            ballots = [vote for who, vote in votes if (who in inputs.held_out_annotators) == held_out]
             label = majority(ballots) if ballots else None
             if label is not None:
                 margins.append(margin if label.prefers_a else -margin)

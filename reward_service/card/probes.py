@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from cluster.data_records import PreferencePair, Prompt
+from cluster.text import prompt_text
 from reward_service.audit.cues import Cue, terms
+from reward_service.audit.duplicates import content_text
 
 PROBE_KINDS: Final[Mapping[str, str]] = {
     "style": "sentences full of what preferred answers say, and nothing about this prompt",
@@ -104,7 +106,7 @@ class _Workshop:
 
     def __init__(self, pairs: Sequence[PreferencePair], cues: Sequence[Cue]) -> None:
         clear = [pair for pair in pairs if (pair.confidence or 1.0) >= CLEAR_CONFIDENCE]
-        self.good = list({_key(pair.prompt): pair for pair in reversed(clear or list(pairs))}.values())
+        self.good = list({prompt_text(pair.prompt): pair for pair in reversed(clear or list(pairs))}.values())
         chosen = Counter(sentence for pair in pairs for sentence in set(sentences(pair.chosen)))
         everywhere = chosen + Counter(sentence for pair in pairs for sentence in set(sentences(pair.rejected)))
         self.stylish = _stylish(chosen, cues)
@@ -174,8 +176,7 @@ def sentences(text: str) -> list[str]:
 
 def topic_of(prompt: Prompt) -> frozenset[str]:
     """The longer words of a prompt, in lower case."""
-    text = prompt if isinstance(prompt, str) else " ".join(message["content"] for message in prompt)
-    return frozenset(term for term in terms(text) if len(term) >= _TOPIC_LETTERS and " " not in term)
+    return frozenset(term for term in terms(content_text(prompt)) if len(term) >= _TOPIC_LETTERS and " " not in term)
 
 
 def _stylish(chosen: Counter[str], cues: Sequence[Cue]) -> list[str]:
@@ -201,7 +202,3 @@ def _flattering(said: Counter[str]) -> list[str]:
             found.append(sentence)
     found.sort(key=lambda sentence: (-said[sentence], sentence))
     return [sentence for sentence in found[:_FLATTERY_POOL] if 10 * said[sentence] >= said[found[0]]]
-
-
-def _key(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

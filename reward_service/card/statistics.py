@@ -59,8 +59,11 @@ def reliability(margins: Sequence[float]) -> Reliability:
     confidence_N = sigmoid(np.abs(margins_N))
     right_N = np.where(margins_N == 0, 0.5, margins_N > 0)
     places = _bins(confidence_N)
-    draws_KN = np.random.default_rng(0).random((CHANCE_DRAWS, len(margins))) < confidence_N
-    chance = [_calibration_error(confidence_N, draw_N.astype(np.float64), places) for draw_N in draws_KN]
+    rng = np.random.default_rng(0)
+    chance = [
+        _calibration_error(confidence_N, (rng.random(len(margins)) < confidence_N).astype(np.float64), places)
+        for _ in range(CHANCE_DRAWS)
+    ]
     fit = logistic([margins])
     return Reliability(
         error=_calibration_error(confidence_N, right_N, places),

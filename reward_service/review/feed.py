@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from cluster.errors import KeelError
+from cluster.errors import KeelError, ScoringError
 from cluster.records import Rollout, RuleVerdict, ScoredRollout
 from cluster.review_queue import Kind, ReviewItem, ReviewQueue, now_iso
 from reward_service.serving import Measured, Outcome
@@ -107,6 +107,8 @@ def is_audited(task_id: str, *, fraction: float) -> bool:
 
 
 def _items(measured: Measured, outcome: Outcome, *, audit_fraction: float) -> Iterator[ReviewItem]:
+    if isinstance(outcome, ScoringError):
+        return  # it comes again, and only then is known whether a rule hits it
     verdicts = outcome.verdicts if isinstance(outcome, ScoredRollout) else ()
     if verdicts:
         yield _item(measured, "flagged", reason="; ".join(map(_told, verdicts)))

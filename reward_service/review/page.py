@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -123,7 +122,7 @@ class ReviewPage:
             max_age=int(SESSION_S),
             httponly=True,
             samesite="strict",
-            secure=request.url.scheme == "https",
+            secure=request.scope["scheme"] == "https",
         )
         return reply
 
@@ -166,8 +165,13 @@ class ReviewPage:
         return _json({"progress": await self._progress()})
 
     async def health(self, request: Request) -> Response:
+        """Needs no token, and so says no more than whether it works."""
         del request
-        await self._queue.progress()
+        try:
+            await self._queue.progress()
+        except KeelError as error:
+            _LOG.warning("review page: %s", error)
+            raise _Refused(503, "The review queue does not answer.") from error
         return Response(b"ok\n", media_type="text/plain")
 
     async def write_files(self) -> None:
@@ -247,7 +251,7 @@ def _answered(handler: _Handler) -> _Handler:
 def _from_our_page(handler: _Handler) -> _Handler:
     async def answer(request: Request) -> Response:
         origin = request.headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+        foreign = origin is not None and origin.partition("://")[2] != request.headers.get("host")
         if foreign or OWN_HEADER not in request.headers:
             raise _Refused(403, "Requests must come from the review page.")
         return await handler(request)
@@ -269,7 +273,8 @@ async def _body(request: Request, kind: type[_T]) -> _T:
 
 def _cookie_name(request: Request) -> str:
     """Cookies know no ports, and two runs may be reviewed on one machine."""
-    return f"keel_review_{request.url.port or 0}"
+    port = request.headers.get("host", "").rpartition(":")[2]
+    return f"keel_review_{port if port.isdecimal() else 0}"
 
 
 def _json(value: object, *, status: int = 200) -> Response:

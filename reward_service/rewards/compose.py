@@ -159,8 +159,8 @@ class Composer:
 
 
 def make_composer(config: RewardSection) -> Composer | None:
-    """None where the reward model's score is the reward. Raises ConfigError: no source, a function that is not there, a
-    token's variable that is not set, a constitution with errors."""
+    """None where the reward model's score is the reward. Raises ConfigError: no source, a weight that is no number, a
+    function that is not there, a token's variable that is not set, a constitution with errors."""
     models = [source for source in config.sources if isinstance(source, ModelReward)]
     others = [source for source in config.sources if not isinstance(source, ModelReward)]
     if not config.sources or len(models) > 1:
@@ -169,6 +169,11 @@ def make_composer(config: RewardSection) -> Composer | None:
             got=f"{len(config.sources)} sources, {len(models)} of kind model",
             do="name at least one, the model at most once",
         )
+    for place, source in enumerate(config.sources):
+        if not math.isfinite(source.weight):
+            raise ConfigError(
+                f"reward.sources[{place}].weight", got=str(source.weight), do="write a finite number, such as 1.0"
+            )
     alone = not others and models[0].weight == 1.0
     if alone and config.constitution is None:
         return None

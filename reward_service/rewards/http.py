@@ -15,6 +15,7 @@ Tried again: no connection, time-outs, status 408, 425, 429 and 5xx. Not: other 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -67,6 +68,8 @@ class HttpSource:
         self._problem = "it kept failing"
         """Of the last try that failed."""
         _check_url(config.url)
+        # It logs each request with its whole URL, in which there may be a password or a key.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
 
     async def rewards(self, samples: Sequence[TextSample]) -> list[float | ScoringError]:
         size = self._config.batch_size

@@ -68,11 +68,13 @@ class TextFunction:
         return value if error is None else self._failed(error)
 
     async def _on_loop(self, prompt: str, answer: str) -> Any | ScoringError:
-        limit = asyncio.timeout(self._timeout_s)
+        limit, task = asyncio.timeout(self._timeout_s), asyncio.current_task()
         try:
             async with limit:
                 return await self._function(prompt, answer)
-        except Exception as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # we are told to end; the function's own cancellations must not end the worker's task in silence
             return self._too_slow() if limit.expired() else self._failed(error)
 
     def _too_slow(self) -> ScoringError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import DataError
 from cluster.hf_training import Emit, FitSettings, progress_callback, run_trainer, trainer_arguments
 from cluster.text import load_tokenizer
 from reward_service.rm.loss import LossSettings, pair_losses, weighted_mean
@@ -38,7 +39,8 @@ class FitJob:
 
 def fit(job: FitJob, emit: Emit) -> None:
     """Train, and write the model with its tokenizer to `job.target`. `emit` gets {"stage": "rm", "step", "steps",
-    "loss", …fields} every ten steps. Raises NonFiniteError, and ModelError when the disk refuses."""
+    "loss", …fields} every ten steps. Raises DataError where all weights are 0, NonFiniteError, and ModelError when the
+    disk refuses."""
     from cluster.hf_training import silence_progress_bars
 
     silence_progress_bars()
@@ -66,8 +68,11 @@ def _start(job: FitJob, *, pad_id: int) -> Any:
     return model
 
 
-def _records(job: FitJob) -> list[dict[str, Any]]:
+def records_of(job: FitJob) -> list[dict[str, Any]]:
+    """What the trainer reads, a record a pair; the weights' mean is 1. Raises DataError where all are 0."""
     mean = sum(pair.weight for pair in job.pairs) / len(job.pairs)
+    if not mean:
+        raise DataError("no pair that a reward model would learn from has a weight", got="0 for all", do="see `weight`")
     return [
         {
             "chosen_ids": pair.chosen_ids,
@@ -119,7 +124,7 @@ def _trainer(job: FitJob, model: Any, *, tokenizer: Any, scratch: Path) -> Any:
             length_column_name="length",
         ),
         data_collator=Collator(pad_token_id=int(tokenizer.pad_token_id)),
-        train_dataset=Dataset.from_list(_records(job)),
+        train_dataset=Dataset.from_list(records_of(job)),
         processing_class=tokenizer,
     )
 

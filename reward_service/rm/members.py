@@ -68,6 +68,7 @@ _events: Any = None
 def _begin(events: Any) -> None:
     global _events  # an initializer has no other way to its process's tasks
     _events = events
+    events.cancel_join_thread()  # after another job's error nobody reads on, and a full pipe would never let this end
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -33,19 +33,22 @@ class RefreshProgress:
     """Over the whole run."""
 
     def observe(self, *, version: int, kl: float, z: float | None, gain: float) -> RefreshProgress:
-        """A step has ended. `gain`: by how much z must rise to count."""
-        # A resumed run goes on from a checkpoint that may be older than the last refresh.
-        seen = replace(
+        """A step has ended. `gain`: by how much z must rise to count. A resumed run's driver hears of all steps again:
+        the reward of those before the last refresh was another model's."""
+        seen = replace(self, version=version, kl=kl)
+        if z is not None and version > self.last_version and (self.best_z is None or z >= self.best_z + gain):
+            return replace(seen, best_z=z, best_version=version)
+        return seen
+
+    def not_ahead_of(self, version: int) -> RefreshProgress:
+        """The newest version is this one: a run that was resumed, or a learner that was, goes on from a checkpoint that
+        may be older than the last refresh."""
+        return replace(
             self,
-            version=version,
-            kl=kl,
             last_version=min(self.last_version, version),
             best_version=min(self.best_version, version),
             probed_version=min(self.probed_version, version),
         )
-        if z is not None and (self.best_z is None or z >= self.best_z + gain):
-            return replace(seen, best_z=z, best_version=version)
-        return seen
 
     def probing(self) -> RefreshProgress:
         """Reward model and judge are being compared."""

@@ -216,3 +216,39 @@ async def test_the_request_is_the_common_form_and_carries_the_token(server: Rewa
         {"query": ["r3"], "prompts": ["r"], "labels": [""]},
     ]
     assert set(server.authorizations) == {"Bearer s3cret"}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), SystemExit(3)], ids=["cancelled", "exit"])
+async def test_a_coroutine_that_ends_as_a_task_does_ends_no_task_of_ours(error: BaseException) -> None:
+    async def function(prompt: str, answer: str) -> float:
+        if answer == "boom":
+            raise error
+        return 1.0
+
+    source = FunctionSource(TextFunction(function, name="m:f", timeout_s=5.0))
+    first, second = await source.rewards([sample("boom"), sample("1")])
+    assert isinstance(first, ScoringError)
+    assert repr(error) in str(first)
+    assert second == 1.0
+
+
+@pytest.mark.timeout(60)
+async def test_a_cancelled_caller_cancels_the_coroutine() -> None:
+    entered, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def function(prompt: str, answer: str) -> float:
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+        return 1.0
+
+    source = FunctionSource(TextFunction(function, name="m:f", timeout_s=20.0))
+    call = asyncio.create_task(source.rewards([sample("1")]))
+    await entered.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert cancelled.is_set()

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from cluster.errors import ConfigError, ModelError
 from cluster.reward_models import Calibration, RewardModels, RmManifest
-from cluster.text import load_tokenizer
+from cluster.text import EncodedPrompt, encode_prompt, load_tokenizer
 from configs.run import RunConfig
 from keel.best_of import best_of, kl_bound_nats
 from keel.cli import app
+from keel.generate import Sampler
 from tests.run_support import prepare_run
 
 PROMPTS = ["my slow router in berlin since monday.", "help with my late parcel in oslo since friday."]
@@ -65,6 +66,20 @@ def test_what_is_missing_is_said(run: RunConfig, tmp_path: Path) -> None:
         chosen(run, 2, rm=tmp_path)
     with pytest.raises(ConfigError, match="all the same"):
         list(best_of(run.run_dir, PROMPTS, n=2, rm=None, max_new_tokens=4, temperature=0.0, seed=0))
+
+
+def test_prompts_are_encoded_as_in_training_and_must_fit(run: RunConfig) -> None:
+    sampler = Sampler(run.run_dir / "sft" / "model", seed=0)
+    tokenizer = load_tokenizer(run.run_dir / "sft" / "model")
+    (sampled,) = sampler.sample("my <eos> router", count=1, max_new_tokens=1, temperature=0.0)
+    encoded = encode_prompt(tokenizer, "my <eos> router", max_tokens=64)
+    assert isinstance(encoded, EncodedPrompt)
+    assert sampled.token_ids[:-1] == list(encoded.ids)
+    assert tokenizer.eos_token_id not in encoded.ids
+    with pytest.raises(ConfigError, match="empty prompt"):
+        sampler.sample(" ", count=1, max_new_tokens=1, temperature=0.0)
+    with pytest.raises(ConfigError, match="do not fit"):
+        sampler.sample("my router", count=1, max_new_tokens=100_000, temperature=0.0)
 
 
 def test_the_command(run: RunConfig) -> None:

@@ -227,6 +227,37 @@ def test_a_judgement_survives_closing_the_page_offline(served: ServedPage, conte
     assert [judgement.item_id for judgement in said(served)] == ["a"]
 
 
+def test_two_tabs_of_one_person_lose_no_judgement(served: ServedPage, context: BrowserContext) -> None:
+    """One tab's answer arrives when the other has put a judgement into the browser's storage, and was closed."""
+    served.push(pair("a"), pair("b"), pair("c"))
+    page = opened(context, served)
+    showing(page, "prompt a")
+    held: list[Route] = []
+    page.route("**/api/judge", lambda route: held.append(route) if not held else route.continue_())
+    page.keyboard.press("1")
+    page.get_by_text("Sending your judgement").wait_for()
+    other = context.new_page()
+    other.goto(served.url)
+    showing(other, "prompt b")
+    other.route("**/api/judge", lambda route: route.abort())
+    other.keyboard.press("2")
+    other.get_by_text("Trying again").wait_for()
+    other.close()
+    held[0].continue_()
+    showing(page, "prompt c")
+    assert [judgement.item_id for judgement in said(served)] == ["a", "b"]
+
+
+def test_a_note_cut_in_the_middle_of_an_emoji_is_kept(served: ServedPage, context: BrowserContext) -> None:
+    served.push(pair("a"))
+    page = opened(context, served)
+    showing(page, "prompt a")
+    page.evaluate("document.getElementById('note').value = 'why \\ud83d'")
+    page.keyboard.press("1")
+    page.get_by_text("Nothing to review").wait_for()
+    assert [judgement.note for judgement in said(served)] == ["why \ufffd"]
+
+
 def test_a_lost_answer_stores_once(served: ServedPage, context: BrowserContext) -> None:
     served.push(pair("a"), pair("b"))
     page = opened(context, served)
@@ -263,7 +294,7 @@ def test_a_refresh_brings_the_same_item_and_note(served: ServedPage, context: Br
 HOSTILE = [
     "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">",
     "</div></section><style>*{display:none}</style><h1>heading</h1>&lt;b&gt; {{7*7}} javascript:alert(1)",
-    "nine \u202e sdrawkcab \u2066 isolated \u200b zero width \u0000 nul",
+    "nine \u202e sdrawkcab \u2066 isolated \u200b zero width \u0000 nul \U000e0041 tag \u3164 filler \u00ad hyphen",
 ]
 
 
@@ -276,7 +307,9 @@ def test_hostile_text_is_text(served: ServedPage, context: BrowserContext) -> No
         ReviewItem(
             item_id="flag", kind="flagged", prompt="p", answers=(HOSTILE[2],), reason="<u>rule</u>: " + HOSTILE[1]
         ),
-        ReviewItem(item_id="huge", kind="audit", prompt="p", answers=("W" * 1_000_000 + "end",)),
+        ReviewItem(
+            item_id="huge", kind="audit", prompt="p", answers=("W" * 19_999 + "\U0001f600" + "W" * 980_000 + "end",)
+        ),
     )
     page = opened(context, served, who="<b>Ann</b>")
 
@@ -293,11 +326,14 @@ def test_hostile_text_is_text(served: ServedPage, context: BrowserContext) -> No
     page.keyboard.press("1")
     page.locator("#reason-label", has_text="Flagged").wait_for()
     assert page.locator("#reason-text").inner_text() == "<u>rule</u>: " + HOSTILE[1]
-    assert page.locator(".said .control").all_inner_texts() == ["U+202E", "U+2066", "U+200B", "U+0000"]
+    assert page.locator(".said .control").all_inner_texts() == [
+        "U+202E", "U+2066", "U+200B", "U+0000", "U+E0041", "U+3164", "U+00AD",
+    ]  # fmt: skip
     assert "\u202e" not in page.locator(".said").inner_text()
     page.keyboard.press("b")
-    page.get_by_role("button", name="Show all 1,000,003 characters").click()
+    page.get_by_role("button", name="Show all 1,000,004 characters").click()
     page.locator(".said", has_text=re.compile("Wend$")).wait_for()
+    assert page.locator(".said", has_text="W\U0001f600W").count() == 1, "not cut in two"
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     page.keyboard.press("f")
     page.get_by_text("Nothing to review").wait_for()

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import pytest
 from safetensors.torch import load_file
 
 from cluster.data_records import PREFERENCES_FILE, PreferencePair, SftExample, data_dir, read_rows
-from cluster.errors import NonFiniteError
+from cluster.errors import DataError, NonFiniteError
 from cluster.hf_training import FitSettings
 from cluster.reward_models import RewardModels, StoredRm
 from cluster.text import load_tokenizer
 from configs.run import FunctionReward, RunConfig
 from learner.sft import run_sft
 from reward_service.aggregate import aggregate
+from reward_service.rm import members
 from reward_service.rm.fit import FitJob, fit
 from reward_service.rm.loss import LossSettings
 from reward_service.rm.measure import Ensemble
@@ -93,6 +95,32 @@ def test_an_error_in_a_process_is_raised_here(started: Path, tmp_path: Path) -> 
     with pytest.raises(NonFiniteError, match="rm"):
         fit_all(jobs, parallel=2, threads=1, emit=lambda _: None)
     assert not (tmp_path / "b").exists()
+
+
+class Doomed:
+    """A job that fails as soon as it begins."""
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        raise DataError("doomed")
+
+
+class Talkative:
+    """A job that fails after more progress than a pipe holds."""
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        time.sleep(1.0)  # the other one has failed by then
+        for step in range(3000):
+            members._events.put({"stage": "rm", "step": step, "note": "x" * 50})
+        raise DataError("talkative")
+
+
+@pytest.mark.timeout(60)
+def test_a_job_whose_progress_nobody_takes_any_more_still_ends() -> None:
+    jobs: list[Any] = [Doomed(), Talkative()]
+    with pytest.raises(DataError, match="doomed"):
+        fit_all(jobs, parallel=2, threads=2, emit=lambda _: None)
 
 
 def test_weights_decide_between_pairs_that_contradict(started: Path, tmp_path: Path) -> None:

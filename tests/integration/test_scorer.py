@@ -13,8 +13,8 @@ import torch
 
 from cluster.errors import ModelError, ScoringError
 from cluster.records import PromptTask, Rollout, VersionRun, pack_floats, pack_ids
-from cluster.reward_models import RmManifest, StoredRm
-from reward_service.scorer_transformers import NO_MODEL, ScorerSettings, TransformersScorer, weights_id
+from cluster.reward_models import NO_MODEL, RmManifest, StoredRm
+from reward_service.scorer_transformers import ScorerSettings, TransformersScorer, weights_id
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 WORDS = ["my", "router", "is", "broken", "reset", "it", "check", "the", "cable", "."]
@@ -188,7 +188,6 @@ def test_scores_and_reference_logprobs_equal_the_models_own(models: Models) -> N
         assert scores.member_scores == pytest.approx([own_score(member, ids) for member in members], abs=1e-5)
         assert scores.ref_logprobs.tolist() == pytest.approx(own_logprobs(reference, item), abs=1e-5)
         assert str(scores.ref_logprobs.dtype) == "float32"
-        assert scores.reward == pytest.approx(sum(scores.member_scores) / 2)
 
 
 def test_hugging_face_pools_the_same_token_where_no_pad_is_in_the_answer(
@@ -270,13 +269,24 @@ def test_a_score_that_is_not_finite_names_its_task_and_spares_the_others(tmp_pat
     bad = rollout([4], [POISON_ID, EOS], name="bad-task")
     with pytest.raises(ScoringError, match="bad-task"):
         scorer.score([*BATCH, bad])
-    assert all(math.isfinite(scores.reward) for scores in scorer.score(BATCH))
+    assert all(math.isfinite(*scores.member_scores) for scores in scorer.score(BATCH))
 
 
 def test_a_sequence_over_the_models_positions_names_its_task(models: Models) -> None:
     scorer = TransformersScorer(models[0], reference_dir=models[1], settings=SETTINGS)
     with pytest.raises(ScoringError, match=r"long-task.*\n.*25 tokens, at most 24"):
         scorer.score([rollout([4] * 20, [5] * 5, name="long-task")])
+
+
+def test_a_text_that_is_empty_for_the_reward_model_has_no_score(tmp_path: Path) -> None:
+    save_member(tmp_path / "rm" / "member_0", seed=0, words=WORDS[::-1])  # reads text
+    save_reference(tmp_path / "ref")
+    scorer = TransformersScorer(
+        stored_rm(tmp_path / "rm", members=1), reference_dir=tmp_path / "ref", settings=SETTINGS
+    )
+    empty = rollout([BOS], [PAD], finish="length", name="empty-task")
+    with pytest.raises(ScoringError, match=r"empty-task(.|\n)*no tokens"):
+        scorer.member_scores([BATCH[0], empty])
 
 
 def test_reference_id_follows_the_weights(tmp_path: Path) -> None:

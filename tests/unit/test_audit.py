@@ -16,7 +16,7 @@ from examples.support_desk.world import mediocre_answer
 from reward_service.audit.agreement import votes_of
 from reward_service.audit.audit import Around, Records, audit, confidence, size
 from reward_service.audit.duplicates import duplicates, prompt_overlap
-from reward_service.audit.leakage import order_only
+from reward_service.audit.leakage import leakage, order_only
 from reward_service.audit.lengths import correlations, histogram, length_unit, lengths_of, longer_preferred
 from reward_service.audit.rebalance import How
 from reward_service.audit.records import Audit, Finding, decode_audit, encode_audit
@@ -139,6 +139,24 @@ def test_longer_answers_that_win_are_found_thrice() -> None:
     assert audited.number("length_only", "accuracy") == pytest.approx(0.8, abs=0.05)
     assert found(audited, "length_only").level == "bad"
     assert found(audited, "length_balance").level == "warn"
+
+
+def test_pairs_without_weight_count_for_nothing_in_what_rebalancing_would_make() -> None:
+    pairs = [msgspec.structs.replace(one, weight=0.0 if n % 2 else 1.0) for n, one in enumerate(
+        pair(n, text(random.Random(n), words=20 if n % 2 else 10), "fifteen " * 15) for n in range(40)
+    )]  # fmt: skip
+    audited = audit(pairs, around=Around(rebalance="inverse_frequency"))
+    assert audited.number("length_bias", "longer_preferred") == 0.5
+    assert audited.number("rebalanced", "longer_preferred") == 0.0
+
+
+def test_few_pairs_leak_without_an_error_whatever_the_folds() -> None:
+    """With ten prompts a fold of the other eight must still show both labels to the predictor."""
+    for seed in range(40, 50):
+        pairs = [pair(n, "a b " * (n % 3 + 1), "c d e " * (n % 2 + 1)) for n in range(10)]
+        assert {finding.name for finding in leakage(pairs, lengths_of(pairs, unit="words"), seed=seed)} >= {
+            "length_only", "words_only",
+        }  # fmt: skip
 
 
 def test_rebalancing_is_tried_out() -> None:

@@ -121,6 +121,15 @@ def test_a_run_directory(tmp_path: Path) -> None:
     audit = audit_file(AuditInput(tmp_path), say=None)
     assert audit.number("prompt_overlap", "share") == 1.0
     assert (tmp_path / "audit" / AUDIT_FILE).is_file()
+    assert audit.number("confidence", "unclear") == 0.0
+    write_rows(data / "preferences_unclear.jsonl", [
+        PreferencePair(pair_id=f"unclear {n}", prompt=f"ask {n}", chosen="a", rejected="b", votes=(True, False),
+                       annotators=("x", "z"))
+        for n in range(20)
+    ])  # fmt: skip
+    audit = load_audit(AuditInput(tmp_path))
+    assert (audit.pairs, audit.unclear, audit.number("confidence", "unclear")) == (60, 20, 0.25)
+    assert audit.number("agreement", "couples") == 3 * 60 + 20
 
 
 def test_a_directory_with_one_table(tmp_path: Path) -> None:

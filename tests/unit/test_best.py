@@ -40,6 +40,20 @@ def test_the_best_is_the_highest_mean_within_the_kl_bounds(tmp_path: Path) -> No
     assert note(tmp_path / "best")["step"] == 10 + WINDOW_STEPS - 1
 
 
+def test_a_refreshed_reward_model_has_its_own_best(tmp_path: Path) -> None:
+    """The policy that fooled the old one most would otherwise stay the best for ever."""
+    best = BestPolicy(tmp_path)
+    for step, (score, version) in enumerate([(5.0, "rm-a"), (1.0, "rm-b"), (0.5, "rm-b")]):
+        best.observe(score, kl=4.0, kl_target=4.0, rm_version=version)
+        best.save_if_better(write_model, tokenizer=TOKENIZER, step=step)
+    assert note(tmp_path / "best") == {"step": 1, "score_normalised": 1.0}
+    resumed = BestPolicy(tmp_path)
+    resumed.from_state(best.to_state())
+    resumed.observe(0.6, kl=4.0, kl_target=4.0, rm_version="rm-b")
+    resumed.save_if_better(write_model, tokenizer=TOKENIZER, step=3)
+    assert note(tmp_path / "best")["step"] == 1
+
+
 def test_what_a_killed_learner_left_half_written_goes_with_the_next_save(tmp_path: Path) -> None:
     """One has the size of a model, and each new learner another process id."""
     left = [tmp_path / "best.new.tmp-1", tmp_path / "final.new.tmp-2", tmp_path / "final.new"]

@@ -95,3 +95,15 @@ def test_the_output_is_no_other_kind_of_file_and_not_the_input(tmp_path: Path) -
         with pytest.raises(DataError):
             build(path, out=out, options=BuildOptions(), say=lambda _: None)
     assert path.read_bytes() == before
+
+
+def test_too_few_annotators_to_hold_one_out_is_said(tmp_path: Path) -> None:
+    built, said = _build(tmp_path, _rows(), held_out=0.19)
+    assert built.held_out_path is None
+    assert "no pairs of held-out annotators: 19% of 5 named annotators is less than one" in said
+
+
+def test_numbers_that_no_float_holds_are_refused_with_their_line(tmp_path: Path) -> None:
+    huge = '{"prompt": "q", "answer": "a", "rating": 1' + "0" * 400 + "}"
+    _, said = _build(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}, huge])
+    assert "in.jsonl:2: rating is not a number" in said

@@ -141,6 +141,31 @@ def test_labels_are_those_of_the_annotators_that_training_may_see() -> None:
     assert finding(everybody, "held-out annotators").level == "unknown"
 
 
+def test_length_alone_is_measured_on_the_same_labels_as_the_model() -> None:
+    """`dee` and `eve`, who like the longer answer, outvote `ann`; held out, they do not."""
+    pairs = [
+        pair_of(n, prompt=f"ask {n}", chosen="one two three four", rejected="one",
+                votes=(False, True, True), annotators=("ann", "dee", "eve"), confidence=2 / 3)
+        for n in range(40)
+    ]  # fmt: skip
+    # By `ann`'s votes training says "the shorter one", and every other held-out pair otherwise.
+    held_out = [msgspec.structs.replace(one, votes=(n % 2 == 0, True, True)) for n, one in enumerate(pairs[20:])]
+    card = make_card(
+        scorers_of(lambda prompt, answer: -float(words(answer))),
+        data=CardData(train=pairs[:20], held_out=held_out, held_out_annotators=("dee", "eve")),
+        settings=CardSettings(version="rm-1", min_accuracy=0.6, max_answer_tokens=64),
+    )
+    assert (card.accuracy.share, card.length_only_accuracy) == (0.5, 0.5)
+
+
+def test_votes_of_unnamed_annotators_count_each() -> None:
+    pair = pair_of(0, votes=(False, False, True), annotators=("", "", "ann"), confidence=2 / 3)
+    card = card_of([ScoredPair(pair, scored(1.0), scored(2.0))])
+    assert [each.annotator for each in card.annotators] == ["ann"]
+    assert card.training_annotators is not None
+    assert card.training_annotators.share == 1.0
+
+
 def test_a_model_that_takes_sides_against_somebody_says_so() -> None:
     pairs = [pair_of(index, votes=(True, True, False), annotators=("ann", "bob", "cyd")) for index in range(50)]
     card = card_of([ScoredPair(pair, scored(1.0), scored(0.0)) for pair in pairs])

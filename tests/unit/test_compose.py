@@ -228,6 +228,8 @@ async def test_a_source_named_twice_counts_twice_and_no_name_holds_a_secret() ->
         ((FunctionReward(path="tests.unit.test_compose:lenght"),), r"reward.sources\[0\].path"),
         ((ModelReward(), HttpReward(url="ftp://x/y")), "url"),
         ((HttpReward(url="http://x/y", token_env="KEEL_TEST_NO_SUCH_TOKEN"),), "KEEL_TEST_NO_SUCH_TOKEN"),
+        ((ModelReward(weight=math.nan),), r"reward.sources\[0\].weight"),
+        ((ModelReward(), FunctionReward(path="math:fabs", weight=-math.inf)), r"sources\[1\].weight(.|\n)*-inf"),
     ],
 )
 def test_what_cannot_be_made_is_a_configuration_error(

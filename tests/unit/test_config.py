@@ -198,6 +198,7 @@ def test_a_changed_kind_explains_the_keys_left_over() -> None:
         ("data.world={prompts: 3}", "data.world.factory: missing"),
         ("name=a/b", "name: got 'a/b' (str)"),
         ("seed=-1", "seed: got -1 (int)"),
+        ("rm.refresh.caught_fraction=1", "rm.refresh.caught_fraction: got 1 (int)"),
     ],
 )
 def test_one_problem_in_words(override: str, expected: str) -> None:
@@ -223,6 +224,14 @@ def test_errors_pickle_and_stand_in_the_tree() -> None:
         (["model.hidden_size=96"], "model.hidden_size / model.heads = 24"),
         (["model.tokenizer=byte_bpe", "model.vocab_size=200"], "byte_bpe needs 256 bytes"),
         (["learner.samples_per_prompt=3"], "no multiple of learner.samples_per_prompt = 3"),
+        (
+            ["rm.refresh.plateau_versions=5", 'reward.sources=[{kind: model}, {kind: function, path: "m:f"}]'],
+            "rm.refresh.plateau_versions with reward.sources",
+        ),
+        (
+            ["rm.refresh.disagreement_over=0.3", "rm.refresh.earlier_fraction=1"],
+            "rm.refresh.disagreement_over with rm.refresh.earlier_fraction = 1",
+        ),
         (["learner.advantages=group_relative"], "learner.samples_per_prompt = 1, 2 at least"),
         (["learner.advantages=leave_one_out"], "learner.samples_per_prompt = 1, 2 at least"),
         (["learner.minibatches=200"], "more than learner.batch_size = 128"),

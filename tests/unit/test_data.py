@@ -102,6 +102,19 @@ def test_bytes_that_are_no_text_and_lines_that_are_no_objects(tmp_path: Path) ->
     path.write_text("[1]\n")
     with pytest.raises(DataError, match="not a JSON object"):
         list(read_table(FileSource(path=path), fields=("prompt",)))
+    path.write_text('{"prompt": ' + "1" * 5000 + "}\n")
+    with pytest.raises(DataError, match="is not JSON"):
+        list(read_table(FileSource(path=path), fields=("prompt",)))
+
+
+def test_half_a_character_is_named_and_a_whole_one_read(tmp_path: Path) -> None:
+    """JSON spells an emoji as two surrogates; one alone could be read, but written nowhere."""
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "\\ud83d\\ude00"}\n{"prompt": "cut \\ud83d"}\n')
+    rows = read_table(FileSource(path=path), fields=("prompt",))
+    assert next(rows) == {"prompt": "\U0001f600"}
+    with pytest.raises(DataError, match=r"p\.jsonl:2 has half a character"):
+        next(rows)
 
 
 def test_gzip_is_read_and_a_cut_one_is_refused(tmp_path: Path) -> None:

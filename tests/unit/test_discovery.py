@@ -19,6 +19,7 @@ from cluster.errors import StreamError
 from cluster.process import node_address, silence_limit_s
 from cluster.stores import Member, MemoryDirectory
 from configs.load import load_config
+from configs.reward import FunctionReward, HttpReward
 from keel.ray_targets import node_targets, nodes_alive
 from tests.unit.test_metrics import get
 
@@ -258,3 +259,16 @@ def test_a_long_step_or_answer_is_no_silence() -> None:
     assert silence_limit_s(config, role="rollout") >= config.rollout.generate_timeout_s
     assert silence_limit_s(config, role="reward") >= config.reward.score_timeout_s
     assert silence_limit_s(config, role="driver") == 120.0
+
+
+def test_a_batch_at_slow_reward_sources_is_no_silence() -> None:
+    def limit_s(*sources: FunctionReward | HttpReward) -> float:
+        config = load_config("demo_ci")
+        reward = config.reward.model_copy(update={"sources": sources, "batch_size": 64, "score_timeout_s": 30.0})
+        return silence_limit_s(config.model_copy(update={"reward": reward}), role="reward")
+
+    http = HttpReward(url="http://rm.example", batch_size=8, timeout_s=60.0, retries=2)
+    assert limit_s(FunctionReward(path="m:f", timeout_s=0.1)) == 120.0
+    assert limit_s(FunctionReward(path="m:f", timeout_s=5.0)) == 320.0  # one call after another
+    assert limit_s(http) == 2 * (3 * 60.0 + 2 * 8.0)  # eight requests, four at a time
+    assert limit_s(http, FunctionReward(path="m:f", timeout_s=10.0)) == 640.0  # side by side

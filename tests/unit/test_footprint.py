@@ -22,6 +22,7 @@ from cluster import footprint
 from cluster.architecture import Architecture, architecture_of, from_config_json
 from cluster.errors import ModelError
 from cluster.footprint import (
+    Footprint,
     Precision,
     activation_bytes,
     disk_use,
@@ -32,6 +33,7 @@ from cluster.footprint import (
     publishing_bytes,
     reward_worker,
 )
+from cluster.footprint_refresh import refresh_trainer
 from configs.load import load_config
 from configs.run import LoraSection, NewModel, PretrainedModel, RunConfig
 from learner import head
@@ -247,6 +249,27 @@ def test_reward_weights_are_in_their_type(big: tuple[Architecture, RunConfig]) -
         sizes[dtype] = reward_worker(architecture, config.model_copy(update={"reward": reward})).gpu
     assert sizes["float32"]["weights"] == 2 * sizes["bfloat16"]["weights"]
     assert sizes["float32"]["activations"] > 1.5 * sizes["bfloat16"]["activations"]
+
+
+def test_a_refresh_trains_one_model_and_then_measures_two_versions(big: tuple[Architecture, RunConfig]) -> None:
+    architecture, _ = big
+    on_gpu = ["learner.gpus_per_rank=1", "rm.refresh={gpus: 1}", "reward.dtype=bfloat16", "rm.parallel=3"]
+
+    def trainer(*settings: str) -> Footprint:
+        return refresh_trainer(architecture, load_config("demo", overrides=[*on_gpu, *settings]))
+
+    one, scorer = trainer("rm.members=1"), architecture.scorer_parameters
+    assert one.gpu["weights"] + one.gpu["gradients"] + one.gpu["optimiser"] == 16 * scorer
+    assert trainer("rm.members=3").gpu == one.gpu, "one member after another, whatever rm.parallel is"
+    many = trainer("rm.members=9", "rm.discriminator=true")
+    assert many.gpu["weights"] == 2 * 10 * 2 * scorer > one.gpu_bytes
+    assert "optimiser" not in many.gpu
+    int8 = trainer("rm.members=9", "reward.dtype=int8")
+    assert int8.gpu == one.gpu, "int8 is measured on the CPU"
+    assert int8.host["weights"] > 2 * 9 * scorer
+    on_cpu = trainer("rm.refresh.gpus=0", "rm.members=1")
+    assert on_cpu.gpu == {}
+    assert on_cpu.host["optimiser"] == 8 * scorer
 
 
 def test_measured_batches_are_the_stages() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator
 
@@ -190,6 +191,18 @@ async def test_a_cancelled_call_leaves_the_breaker_as_it_was(world: World) -> No
 def test_a_url_of_no_server_is_a_configuration_error(url: str) -> None:
     with pytest.raises(ConfigError, match="url"):
         HttpSource(HttpReward(url=url), name="http")
+
+
+async def test_no_log_holds_what_is_secret_in_the_url(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    url = world.server.url.replace("http://", "http://me:s3cret@") + "?key=k3y"
+    source = HttpSource(HttpReward(url=url, timeout_s=5.0), name="http")
+    with caplog.at_level(logging.INFO):
+        assert await source.rewards([TextSample("t", "p", "1", "stop", 1)]) == [1.0]
+        world.server.replies.append(Reply(404))
+        (error,) = await source.rewards([TextSample("t", "p", "1", "stop", 1)])
+    await source.aclose()
+    assert "404" in str(error)
+    assert not any(secret in f"{error} {caplog.text}" for secret in ("s3cret", "k3y"))
 
 
 def test_a_failure_of_an_earlier_call_does_not_lengthen_the_pause() -> None:

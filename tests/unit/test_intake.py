@@ -175,3 +175,21 @@ def test_the_deck_deals_every_prompt_once_a_pass_and_resumes_anywhere() -> None:
     assert dealt[:7] != dealt[7:]
     resumed = PromptDeck(prompts, seed=3, position=9)
     assert [resumed.deal().prompt_id for _ in range(5)] == dealt[9:]
+
+
+class Rejecting(ImpatientStreams):
+    """Every answer is too uncertain for the reward service."""
+
+    async def publish(self, stream: StreamName, payloads: Sequence[bytes]) -> None:
+        if stream is StreamName.PROMPTS:
+            tasks = [decode(payload, PromptTask) for payload in payloads]
+            letters = [DeadLetter(task=one, stage="reward", reason="r", deliveries=1, rejected=True) for one in tasks]
+            await super().publish(StreamName.DEAD, [encode(letter) for letter in letters])
+
+
+@pytest.mark.timeout(30)
+async def test_a_reward_service_that_rejects_everything_ends_the_run() -> None:
+    intake = make_intake(Rejecting(), Clock(per_reading_s=1.0))
+    with pytest.raises(StallError, match="rejected as uncertain"):
+        await intake.take_batch(step=0, version=0, stop=asyncio.Event())
+    assert intake.ledger.counts.rejected > 2

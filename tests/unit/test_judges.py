@@ -8,9 +8,10 @@ import random
 import pytest
 
 from cluster.data_records import Prompt
-from cluster.errors import ConfigError
-from cluster.review_queue import Judgement, MemoryReviewQueue, Verdict
+from cluster.errors import ConfigError, StreamError
+from cluster.review_queue import Judgement, MemoryReviewQueue, Recorded, Verdict
 from configs.load import load_config
+from keel.online import judges
 from keel.online.judges import NO_PREFERENCE, NOT_JUDGED, FunctionJudge, People, ask_people, make_judge
 from reward_service.preferences import EMPTY, IDENTICAL, LOW_CONFIDENCE, Candidate, Collected
 
@@ -79,6 +80,31 @@ async def test_when_the_time_is_up_what_was_judged_has_to_do() -> None:
     collected = await people({"ann": ["first"]}, timeout_s=0.0)
     assert len(collected.pairs) + collected.report.rejected.get(NOT_JUDGED, 0) == 2
     assert collected.report.rejected.get(NOT_JUDGED, 0) >= 1
+
+
+class Blinking(MemoryReviewQueue):
+    """A server that is away at the first reading; Ann judges a pair before each other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[int] = []
+
+    async def judgements(self, *, after: int = 0) -> list[Recorded]:
+        self.reads.append(after)
+        if len(self.reads) == 1:
+            raise StreamError("away")
+        item = await self.next("ann", lease_s=60.0)
+        assert item is not None
+        await self.judge(Judgement(item_id=item.item_id, annotator="ann", verdict="first"))
+        return await super().judgements(after=after)
+
+
+async def test_a_server_that_is_away_is_asked_again_and_what_was_read_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judges, "_POLL_S", 0.0)
+    queue = Blinking()
+    collected = await ask_people(queue, candidates(), name="refresh-0001", votes=1, timeout_s=30.0)
+    assert len(collected.pairs) == 2
+    assert queue.reads == [0, 0, 1]
 
 
 def test_who_judges_is_configured() -> None:

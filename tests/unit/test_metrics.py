@@ -18,6 +18,7 @@ from cluster.errors import ConfigError
 from cluster.http_serve import HttpServer, Page
 from cluster.metrics import Heartbeat, LearnerMetrics, MetricsServer, RewardMetrics, RolloutMetrics, RunMetrics
 from cluster.streams import Depth, StreamName
+from reward_service.worker_metrics import ExportedMetrics
 from tests.prometheus_tools import check_metrics
 
 HOST = "127.0.0.1"
@@ -35,6 +36,7 @@ MUST_HAVE = {
     "keel_reward_score_seconds",
     "keel_reward_cache_hits_total",
     "keel_reward_failures_total",
+    "keel_reward_paused_total",
     "keel_redeliveries_total",
     "keel_dead_letters_total",
     "keel_duplicates_dropped_total",
@@ -174,6 +176,28 @@ def test_values_arrive() -> None:
     assert found["keel_queue_oldest_seconds", (("stream", "scored"),)] == 1.5
     assert found["keel_workers", (("state", "running"), ("worker", "reward"))] == 3
     assert found["keel_workers", (("state", "dead"), ("worker", "reward"))] == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "series"),
+    [
+        ("scored", "keel_reward_samples_total"),
+        ("failures", "keel_reward_failures_total"),
+        ("paused", "keel_reward_paused_total"),
+        ("stream_errors", "keel_reward_stream_errors_total"),
+        ("rejected", "keel_reward_rejected_total"),
+        ("down_weighted", "keel_reward_down_weighted_total"),
+        ("swaps", "keel_reward_model_swaps_total"),
+        ("swap_failures", "keel_reward_model_swap_failures_total"),
+        ("review_left_out", "keel_review_left_out_total"),
+    ],
+)
+def test_what_a_reward_worker_counts_is_served(what: str, series: str) -> None:
+    registry = CollectorRegistry()
+    metrics = ExportedMetrics(RewardMetrics(registry), beat=lambda: None)
+    metrics.count(what)
+    metrics.count(what)
+    assert scrape(registry)[series, ()] == 2
 
 
 def test_restarts_are_counted_from_totals() -> None:

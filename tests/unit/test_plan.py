@@ -28,7 +28,7 @@ from keel.planning.plan import (
     wait_until_placeable,
 )
 from keel.planning.table import plan_data, plan_text
-from keel.planning.view import ClusterView, NodeView, visible_gpus
+from keel.planning.view import ClusterView, NodeView, cpus_needed, visible_gpus, wants_gpus
 
 GIB = 1 << 30
 QWEN_7B = {
@@ -51,6 +51,9 @@ def node(name: str = "n0", **changes: Any) -> NodeView:
 
 def cluster(*nodes: NodeView, **facts: Any) -> ClusterView:
     return ClusterView(nodes or (node(),), **facts)
+
+
+REFRESH = "rm.refresh={judge: 'm:f'}"
 
 
 @pytest.fixture
@@ -105,6 +108,41 @@ def test_models_taken_as_they_are_need_no_training(seven: Callable[..., RunConfi
     wide = make_plan(seven("reward.dtype=float32"), cluster=cluster(node(gpu_bytes=40 * GIB)))
     assert "measuring a reward model in float32" in found(wide, "rm")
     assert "reward.dtype=bfloat16" in found(wide, "rm")
+
+
+def test_the_process_that_refreshes_the_reward_model_has_its_place(seven: Callable[..., RunConfig]) -> None:
+    plan = make_plan(seven(REFRESH, "rm.refresh.cpus=3"), cluster=cluster())
+    (role,) = [role for role in plan.roles if role.name == "refresh"]
+    assert (role.processes, role.cpus, role.gpus, role.nodes, role.online) == (1, 3.0, 0.0, 1, True)
+    assert role.footprint.gpu == {}, "without a GPU it trains on the CPU"
+    assert role.footprint.host["optimiser"] > 8 * 6_000_000_000
+    assert "refresh" in plan_text(plan)
+    crowded = make_plan(seven(REFRESH, "rm.refresh.cpus=90"), cluster=cluster())
+    assert "less rm.refresh.cpus" in found(crowded, "refresh")
+    assert not [role for role in make_plan(seven(REFRESH, "stages=[data, sft, rm]"), cluster=cluster()).roles
+                if role.name == "refresh"]  # fmt: skip
+
+
+def test_a_refresh_on_a_gpu_must_fit_it(seven: Callable[..., RunConfig]) -> None:
+    one = ("rollout.actors=1", REFRESH, "rm.refresh.gpus=1", "rm.members=1")
+    plan = make_plan(seven(*one), cluster=cluster())
+    assert "training a reward model" in found(plan, "refresh")
+    assert "rm.refresh.gpus=0" in found(plan, "refresh")
+    assert "training a reward model" not in found(
+        make_plan(seven(*one), cluster=cluster(node(gpu_bytes=2000 * GIB))), "refresh"
+    )
+    none = make_plan(seven(*one), cluster=cluster(node(gpus=0.0, gpu_bytes=None)))
+    assert "rm.refresh.gpus=0" in found(none, "refresh")
+    idle = make_plan(load_config("demo_online", overrides=["rm.refresh.gpus=1"]), cluster=cluster())
+    assert [finding.do for finding in idle.findings if finding.area == "refresh"] == ["rm.refresh.gpus=0"]
+    assert wants_gpus(load_config("demo_online", overrides=["rm.refresh.gpus=1"]))
+
+
+def test_a_local_ray_has_room_for_the_refresh() -> None:
+    config = load_config("demo_online")
+    wide = load_config("demo_online", overrides=["rm.refresh.cpus=40", "ray.num_cpus=null"])
+    assert cpus_needed(wide) - cpus_needed(config) == 39.5
+    assert unplaceable(wide, cluster=ClusterView.of_this_machine(wide)) is None
 
 
 # ---------------------------------------------------------------- places

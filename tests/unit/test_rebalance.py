@@ -110,3 +110,12 @@ def test_lengths_that_are_all_equal_are_one_bucket() -> None:
     assert inverse_frequency_weights(pairs) == [1.0] * 5
     assert inverse_frequency_weights([]) == []
     assert stratified_sample([], seed=0) == []
+
+
+def test_lengths_without_spaces_are_counted_in_characters() -> None:
+    pairs = [
+        PreferencePair(pair_id=str(n), prompt=f"{n}", chosen="好" * (30 + n), rejected="不" * 30) for n in range(1, 7)
+    ]
+    found = strata(pairs)
+    assert {stratum.longer for stratum in found} == {"chosen"}
+    assert [stratum.bucket for stratum in found] == [0, 0, 1, 1, 2, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,12 +24,14 @@ from cluster.data_records import (
 from cluster.errors import SupervisionError
 from cluster.files import read_jsonl
 from cluster.supervise import RolePool
+from configs.load import load_config
 from configs.run import RunConfig
+from keel.online import refresh
 from keel.online.fresh_pairs import PairSampler
 from keel.online.judges import FunctionJudge
-from keel.online.refresh import REFRESHES_FILE, Refresher
+from keel.online.refresh import ASKED_FILE, REFRESHES_FILE, Refresher
 from keel.runtime import Runtime
-from keel.sampling import load_questions
+from keel.sampling import Asking, load_questions
 from reward_service.rm.refresh import Comparison, RefreshOutcome, RefreshRequest
 from tests.run_support import prepare_run
 
@@ -51,7 +54,7 @@ def make_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 @pytest.fixture(autouse=True)
 def clean(config: RunConfig) -> None:
-    for name in (REFRESHES_FILE, f"data/{FRESH_PREFERENCES_FILE}", "progress.jsonl"):
+    for name in (REFRESHES_FILE, ASKED_FILE, f"data/{FRESH_PREFERENCES_FILE}", "progress.jsonl"):
         (config.run_dir / name).unlink(missing_ok=True)
 
 
@@ -139,9 +142,12 @@ def outcome(*, accepted: bool) -> Callable[[RefreshRequest], RefreshOutcome]:
     )  # fmt: skip
 
 
+def records(*versions: int) -> list[dict[str, Any]]:
+    return [{"version": one, "kl_nats_per_sequence": 0.1 * one, "proxy_z": 0.0} for one in versions]
+
+
 def until_idle(refresher: Refresher, *, version: int) -> None:
-    record = {"version": version, "kl_nats_per_sequence": 0.1 * version, "proxy_z": 0.0}
-    refresher.step([record])
+    refresher.step(records(version))
     until_s = time.monotonic() + 30.0
     while time.monotonic() < until_s:
         if refresher._work is None:
@@ -225,6 +231,67 @@ def test_the_budget_holds_also_after_a_restart(config: RunConfig) -> None:
     again.close()
 
 
+def test_a_resumed_driver_that_reads_all_steps_again_does_not_refresh_for_them(config: RunConfig) -> None:
+    scene = Scene(config, outcome(accepted=True))
+    refresher = scene.refresher()
+    until_idle(refresher, version=4)
+    refresher.close()
+    again = scene.refresher()
+    again.step(records(1, 2, 3, 4, 5))
+    assert again._work is None
+    assert len(scene.requests) == 1
+    again.close()
+
+
+def test_a_driver_that_ends_while_a_judge_hangs_has_spent_its_pairs_and_its_number(config: RunConfig) -> None:
+    """People would otherwise find other answers under the names of pairs that they have judged."""
+    scene, called, released = Scene(config, outcome(accepted=True)), threading.Event(), threading.Event()
+
+    def hangs(*_: Any) -> list[bool]:
+        called.set()
+        released.wait(30.0)
+        return [True] * 3
+
+    refresher = scene.refresher(judge=hangs)
+    refresher.step(records(4))
+    while not called.is_set():
+        refresher.step([])
+    assert [thread.daemon for thread in threading.enumerate() if thread.name == "judge"] == [True]
+    refresher.close()
+    assert "refresh 1 is given up" in (config.run_dir / "progress.jsonl").read_text()
+    again = scene.refresher()
+    assert (again.progress.pairs_judged, again.progress.last_version) == (20, 0)
+    until_idle(again, version=4)
+    assert [request.number for request in scene.requests] == [2]
+    assert read_jsonl(config.run_dir / REFRESHES_FILE)[-1]["pairs_judged"] == 40
+    released.set()
+    again.close()
+
+
+def test_a_judge_that_never_answers_fails_the_refresh_alone(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refresh, "_LABEL_GRACE_S", 0.0)
+    overrides = [f"runs_dir={config.runs_dir}", SECTION, "rm.refresh.label_timeout_s=0.05"]
+    scene = Scene(load_config("demo_ci", overrides=overrides), outcome(accepted=True))
+    released = threading.Event()
+    refresher = scene.refresher(judge=lambda *_: [released.wait(30.0)] * 3)
+    until_idle(refresher, version=4)
+    (line,) = read_jsonl(config.run_dir / REFRESHES_FILE)
+    assert (line["outcome"], line["pairs_judged"]) == ("failed", 0)
+    assert "did not answer" in line["why"]
+    released.set()
+    refresher.close()
+
+
+def test_a_torn_line_of_an_earlier_driver_does_not_fail_every_refresh(config: RunConfig) -> None:
+    (data_dir(config.run_dir) / FRESH_PREFERENCES_FILE).write_text('{"pair_id": "torn", "pro')
+    scene = Scene(config, outcome(accepted=True))
+    refresher = scene.refresher()
+    until_idle(refresher, version=4)
+    assert refresher.counts["accepted"] == 1
+    assert read_rows(scene.requests[0].fresh[0], PreferencePair)
+    refresher.close()
+
+
 def test_too_few_clear_labels_are_kept_but_train_nothing(config: RunConfig) -> None:
     scene = Scene(config, outcome(accepted=True))
     refresher = scene.refresher(judge=lambda prompt, a, b, rng: [True, False])
@@ -236,8 +303,6 @@ def test_too_few_clear_labels_are_kept_but_train_nothing(config: RunConfig) -> N
 
 def test_a_probe_measures_disagreement_and_a_refresh_follows(config: RunConfig) -> None:
     probing = SECTION.replace("every_versions: 4", "every_versions: null, disagreement_over: 0.5, probe_pairs: 12")
-    from configs.load import load_config
-
     parted = load_config("demo_ci", overrides=[f"runs_dir={config.runs_dir}", probing])
     scene = Scene(parted, outcome(accepted=True))
     # The reward model of this scene pays for tokens, the judge for their lack.
@@ -250,6 +315,44 @@ def test_a_probe_measures_disagreement_and_a_refresh_follows(config: RunConfig) 
     kinds = [line["kind"] for line in read_jsonl(config.run_dir / REFRESHES_FILE)]
     assert kinds == ["probe", "refresh"]
     refresher.close()
+
+
+def test_a_probe_without_pairs_to_compare_measures_nothing(config: RunConfig) -> None:
+    probing = SECTION.replace("every_versions: 4", "every_versions: null, disagreement_over: 0.0, probe_pairs: 12")
+    only_earlier = probing.replace("earlier_fraction: 0.25", "earlier_fraction: 0.99")
+    parted = load_config("demo_ci", overrides=[f"runs_dir={config.runs_dir}", only_earlier])
+    refresher = Scene(parted, outcome(accepted=True)).refresher()
+    until_idle(refresher, version=4)
+    assert refresher.progress.disagreement is None
+    assert read_jsonl(config.run_dir / REFRESHES_FILE)[-1]["disagreement"] is None
+    refresher.close()
+
+
+def test_an_actor_that_dies_is_the_watch_loops_and_its_prompts_go_to_another(config: RunConfig) -> None:
+    """What the pool raises when it cannot go on must end the run, not a refresh."""
+    scene = Scene(config, outcome(accepted=True))
+    dead = Handle(generate=lambda prompts, **_: Reference(None))
+    scene_pool = scene.pool()
+    pool = cast(RolePool, SimpleNamespace(handles=[dead, *scene_pool.handles]))  # neither poll nor lost
+    runtime = scene.runtime()
+
+    def get(reference: Any) -> Any:
+        if reference.value is None:
+            raise SystemError("the actor died")
+        return reference.value
+
+    runtime.ray.get = get
+    asking = Asking(runtime, pool, temperature=1.0, online=True)
+    for start in range(4):
+        asking.ask(start, [[1, 2]])
+    found: list[int] = []
+    while asking.open:
+        found += [start for start, _ in asking.answered(wait_s=0.0)]
+    assert sorted(found) == [0, 1, 2, 3]
+    pool.handles[:] = [dead]
+    asking.ask(4, [[1]])
+    assert asking.answered(wait_s=0.0) == []
+    assert asking.open, "it waits for an actor that lives"
 
 
 def test_earlier_answers_come_from_all_versions_alike(config: RunConfig) -> None:

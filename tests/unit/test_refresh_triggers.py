@@ -81,5 +81,15 @@ def test_frozen_or_out_of_budget(version: int, fields: dict[str, int]) -> None:
 
 def test_a_resumed_run_does_not_wait_for_versions_it_lost() -> None:
     progress = RefreshProgress(version=40, last_version=40, best_version=40, probed_version=40)
-    progress = progress.observe(version=33, kl=0.0, z=0.0, gain=0.1)
+    progress = progress.not_ahead_of(33).observe(version=33, kl=0.0, z=0.0, gain=0.1)
     assert refresh_reason(progress.observe(version=41, kl=0.0, z=0.0, gain=0.1), section(every_versions=8)) is not None
+
+
+def test_steps_that_are_told_again_count_for_nothing_before_the_last_refresh() -> None:
+    """A resumed run's driver reads metrics.jsonl from its start."""
+    progress = RefreshProgress(version=8, last_version=8, best_version=8, probed_version=8).not_ahead_of(10)
+    for version in range(1, 11):
+        progress = progress.observe(version=version, kl=0.1 * version, z=9.0 if version < 5 else 0.0, gain=0.1)
+    assert (progress.version, progress.last_version, progress.best_z) == (10, 8, 0.0)
+    assert refresh_reason(progress, section(every_versions=8)) is None
+    assert not probe_due(progress, section(disagreement_over=0.5, probe_every_versions=4))

@@ -192,6 +192,9 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, monkeypatch: pytest.Monke
         review(None, pairs=pairs, address=PageAddress(host="192.0.2.1", port=0), say=lambda _: None)
     with pytest.raises(ConfigError, match="cannot read"):
         review(None, pairs=pairs, address=PageAddress(port=0, token_file=tmp_path / "none"))
+    for host, port in (("127.0.0.1", 70_000), ("\0", 0)):
+        with pytest.raises(ConfigError, match="cannot serve"):
+            review(None, pairs=pairs, address=PageAddress(host, port))
     (tmp_path / "token").write_text("short")
     with pytest.raises(ConfigError, match="too short"):
         review(None, pairs=pairs, address=PageAddress(port=0, token_file=tmp_path / "token"))
@@ -210,6 +213,8 @@ def test_pairs_are_read_from_lines_zipped_lines_and_with_clear_errors(tmp_path: 
         {"prompt": "p", "answer_a": "x"},
         {"answer_a": "x", "answer_b": "y"},
         {**ROWS[0], "prompt": 3},
+        {**ROWS[0], "prompt": [{"text": "not content"}]},  # the page would show nothing, or break
+        {**ROWS[0], "answer_a": "\ud83d"},
     ]
     for row in bad:
         path = write_lines(tmp_path / "bad.jsonl", [ROWS[0], row])

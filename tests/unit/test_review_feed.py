@@ -82,12 +82,23 @@ async def test_an_answer_that_rules_hit_goes_to_people_with_the_rules(scene: Sce
     assert scene.metrics.counts == {"review_taken": 1}
 
 
-async def test_whatever_became_of_an_answer_it_may_be_audited() -> None:
+async def test_whatever_becomes_of_an_answer_it_may_be_audited() -> None:
     scene = Scene(audit_fraction=1.0)
     letter = DeadLetter(task=rollout("t1").task, stage="reward", reason="", deliveries=1, rejected=True)
-    scene.offer(scored("t0"), letter, ScoringError("source down"), scored("t3", verdicts=HIT))
+    scene.offer(scored("t0"), letter, scored("t2", verdicts=HIT))
     await scene.feed.flush()
-    assert [item.kind for item in scene.queue.pushed] == ["audit", "audit", "audit", "flagged"]
+    assert [item.kind for item in scene.queue.pushed] == ["audit", "audit", "flagged"]
+
+
+async def test_an_answer_that_waits_for_a_source_is_one_item_when_it_is_scored() -> None:
+    scene = Scene(audit_fraction=1.0)
+    for _ in range(3):
+        scene.offer(ScoringError("source down"))
+        await scene.feed.flush()
+    scene.offer(scored("t0", verdicts=HIT))
+    await scene.feed.flush()
+    assert [item.kind for item in scene.queue.pushed] == ["flagged"]
+    assert scene.metrics.counts == {"review_taken": 1}
 
 
 def test_the_audited_share_is_what_was_asked_for_and_the_same_everywhere() -> None:

@@ -111,6 +111,22 @@ async def test_requests_of_other_pages_are_refused(http: httpx.AsyncClient, queu
     assert (await http.post("/api/judge", json=said, headers=own)).json()["stored"]
 
 
+@pytest.mark.parametrize("header", ["host", "origin"])
+@pytest.mark.parametrize("value", ["http://[", "[", "keel.test:port", "keel.test:99999999", "\u00b2", ":", ""])
+async def test_headers_that_are_none_are_refused(
+    http: httpx.AsyncClient, queue: Queue, header: str, value: str
+) -> None:
+    await queue.push([PAIR], limit=1)
+    headers = [
+        *((name.encode(), own.encode()) for name, own in OWN.items()),
+        (header.encode(), value.encode("latin-1")),
+    ]
+    said = {"item_id": "p", "judgement_id": "1", "verdict": "left"}
+    for path, body in (("login", {"token": TOKEN, "annotator": "ann"}), ("judge", said)):
+        assert (await http.post(f"/api/{path}", json=body, headers=headers)).status_code < 500
+    assert header == "host" or await queue.judgements() == []
+
+
 async def test_guessing_the_token_is_slow(http: httpx.AsyncClient) -> None:
     assert [(await login(http, token=f"guess {n}")).status_code for n in range(11)] == [403] * 10 + [429]
     assert (await login(http)).status_code == 429
@@ -126,6 +142,8 @@ async def test_what_cannot_be_read_is_refused(http: httpx.AsyncClient, queue: Qu
     await login(http)
     assert (await http.post("/api/judge", content=b"{", headers=OWN)).status_code == 400
     assert (await http.post("/api/judge", content=b"x" * 70_000, headers=OWN)).status_code == 413
+    for opening in (b"[", b'{"item_id":'):
+        assert (await http.post("/api/judge", content=opening * 5_000, headers=OWN)).status_code == 400
     assert (await http.post("/api/next", json={"kinds": ["secret"]}, headers=OWN)).status_code == 400
     assert (await judge(http, verdict="first")).status_code == 400, "only what was shown has a verdict"
     assert (await judge(http, verdict="bad")).status_code == 409
@@ -139,7 +157,8 @@ async def test_a_queue_that_is_down_says_so_and_nothing_is_lost(
     await queue.push([PAIR], limit=1)
     await login(http)
     queue.down = True
-    assert (await http.get("/healthz")).status_code == 503
+    health = await http.get("/healthz")
+    assert (health.status_code, health.json()) == (503, {"error": "The review queue does not answer."}), "for anybody"
     assert (await judge(http, verdict="left")).status_code == 503
     queue.down = False
     assert (await http.get("/healthz")).status_code == 200

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import cast
 
 import msgspec
 import pytest
 
 from cluster.errors import ScoringError
 from cluster.records import DeadLetter, Rollout
+from cluster.reward_models import Calibration
 from cluster.streams import Hop, StreamName
 from reward_service import worker as worker_module
 from reward_service.batch_scoring import CacheUpdate
 from reward_service.outcomes import Held, round_trips
-from reward_service.rewards.sources import SourceDownError
-from reward_service.serving import Outcome
+from reward_service.rewards.compose import Composed, Composer
+from reward_service.rewards.sources import SourceDownError, TextSample
+from reward_service.scorer import ScriptedScorer
+from reward_service.serving import Outcome, Rewarding
 from reward_service.worker import RewardWorker, WorkerTime
 from tests.reward_support import LONG_S, ManualClock, World, rollout
+from tests.serving_support import batch_scoring
 
 
 @pytest.fixture(name="world")
@@ -132,16 +137,59 @@ async def test_a_reward_source_that_stays_away_fails_its_samples_and_not_the_wor
     await world.publish(rollout("a"))
     async with world.running() as worker:
         await world.watch.reached("paused", 2)
-        ticks.now_s = 60.0  # the outage limit; from now on every delivery fails at once
-        await world.watch.reached("failures", 1)
-        world.clock.now_s = 31.0
-        await world.watch.reached("failures", 2)
-        world.clock.now_s = 62.0
+        for tries in (1, 2, 3):
+            ticks.now_s = 60.0 * tries  # the outage limit, in each delivery
+            await world.watch.reached("failures", tries)
+            paused = world.watch.counts["paused"]
+            world.clock.now_s = 31.0 * tries
+            if tries < 3:
+                await world.watch.reached("paused", paused + 1)
         (letter,) = await world.dead(1)
         await world.publish(rollout("b"))
         await world.scored(1)
     assert (letter.reason, letter.deliveries) == ("SourceDownError: away", 3)
     assert worker.counts["dead"] == 1
+
+
+class Choking:
+    """A source that the answer "bad" takes down for the next few calls, with all who were asked beside it."""
+
+    tag = "t"
+
+    def __init__(self) -> None:
+        self.down_for = 0
+
+    async def compose(
+        self, samples: Sequence[TextSample], *, model_rewards: Sequence[float] | None, calibration: Calibration | None
+    ) -> list[Composed | ScoringError]:
+        if self.down_for:
+            self.down_for -= 1
+            return [SourceDownError("away") for _ in samples]
+        if any(sample.task_id == "bad" for sample in samples):
+            self.down_for = 5
+            return [SourceDownError("status 500") for _ in samples]
+        return [Composed(1.0, {}, ()) for _ in samples]
+
+
+async def test_an_answer_that_takes_a_reward_source_down_does_not_take_its_neighbours_with_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_SOURCE_PAUSE_S", 0.001)
+    ticks = ManualClock()
+    scoring = batch_scoring(ScriptedScorer(), rewarding=Rewarding(composer=cast(Composer, Choking())))
+    worker = RewardWorker(
+        world.streams, scoring=scoring, metrics=world.watch, settings=world.settings, time=WorkerTime(now=ticks)
+    )
+    await world.publish(*(rollout(name) for name in ("bad", "a", "b", "c")))
+    run = asyncio.create_task(worker.run())
+    await world.watch.reached("paused", 20)  # together, and in vain
+    assert world.watch.counts["scored"] == 0
+    ticks.now_s = 30.0  # half the outage limit
+    assert {item.rollout.task.task_id for item in await world.scored(3)} == {"a", "b", "c"}
+    ticks.now_s = 60.0
+    await world.watch.reached("failures", 1)
+    await asyncio.wait_for(asyncio.gather(worker.stop(), run), LONG_S)
+    assert await world.left() == 1
 
 
 async def test_stop_leaves_what_waits_for_a_reward_source_to_its_lease(world: World) -> None:

@@ -15,9 +15,9 @@ from cluster.stores import MemoryScores
 from cluster.streams import StreamName
 from reward_service.cache import CacheSettings, ScoreCache
 from reward_service.forward_thread import StuckError
-from reward_service.scorer import Scores, ScriptedScorer, aggregate
+from reward_service.scorer import Scores, ScriptedScorer
 from reward_service.worker import WorkerSettings, WorkerTime
-from tests.reward_support import LONG_S, Gate, ManualClock, World, rollout
+from tests.reward_support import LONG_S, Gate, ManualClock, Watch, World, rollout
 
 
 @pytest.fixture(name="world")
@@ -42,10 +42,6 @@ async def test_a_rollout_becomes_a_scored_rollout(world: World) -> None:
     assert worker.counts == {"scored": 1}
     assert worker.in_flight == 0
     assert await world.left() == 0
-
-
-async def test_a_single_model_has_no_uncertainty() -> None:
-    assert aggregate((2.5,)) == (2.5, 0.0)
 
 
 async def test_waiting_rollouts_share_a_batch_up_to_the_limit(world: World) -> None:
@@ -169,6 +165,23 @@ async def test_one_poison_sample_spares_its_neighbours_and_is_buried_at_its_last
     assert world.scorer.scored == [["a", "bad", "c"], ["a"], ["bad"], ["c"], ["bad"], ["bad"]]
     assert worker.counts == {"scored": 2, "failures": 3, "redelivered": 2, "dead": 1}
     assert await world.left() == 0
+
+
+async def test_a_batch_that_is_scored_one_by_one_gives_a_sign_of_life_for_each(world: World) -> None:
+    class Beats(Watch):
+        def progress(self) -> None:
+            calls.append("beat")
+
+    calls: list[str] = []
+    world.watch = Beats()
+    world.scorer.before = lambda batch: calls.append("pass")
+    world.scorer.poison = {"bad"}
+    await world.publish(rollout("a"), rollout("bad"), rollout("c"))
+    async with world.running():
+        await world.scored(2)
+    passes = [place for place, call in enumerate(calls) if call == "pass"]
+    assert len(passes) == 4
+    assert all(calls[place - 1] == "beat" for place in passes)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.data_records import PreferencePair, stable_prompt_id
 from cluster.errors import DataError
+from cluster.hf_training import FitSettings
 from configs.run import DataSection, RmSection, RunConfig, WorldSource
+from reward_service.rm.fit import FitJob, records_of
+from reward_service.rm.loss import LossSettings
 from reward_service.rm.pairs import (
     EncodedPair,
     held_out_position,
@@ -103,3 +107,15 @@ def test_rebalancing_weighs_or_draws_the_rare_kind_more() -> None:
     drawn = rebalanced(pairs, config=config(rebalance="stratified"))
     share = sum(pair.pair.chosen == "no" for pair in drawn) / len(drawn)
     assert share > 0.25
+
+
+def test_weights_average_one_and_weights_of_zero_alone_are_an_error() -> None:
+    def job(*weights: float) -> FitJob:
+        pairs = [replace(encoded(number), weight=weight) for number, weight in enumerate(weights)]
+        settings = FitSettings(examples=len(pairs), epochs=1, batch_size=2, learning_rate=1e-3, seed=0)
+        nowhere = Path("nowhere")
+        return FitJob(nowhere, False, nowhere, nowhere, pairs, settings, LossSettings(), 0.0, False, {})
+
+    assert [record["weight"] for record in records_of(job(0.0, 1.0, 3.0))] == pytest.approx([0.0, 0.75, 2.25])
+    with pytest.raises(DataError, match="has a weight"):
+        records_of(job(0.0, 0.0))

@@ -45,6 +45,21 @@ def test_typed_answers_say_what_hits_and_what_it_does(rules: Path) -> None:
     assert "→ reward becomes the mean − 2.5 std" in text
 
 
+def test_columns_that_are_null_are_not_there_and_no_answer_is_no_table(rules: Path, tmp_path: Path) -> None:
+    """Parquet has every column in every row."""
+    empty = {"prompt": None, "answer": None, "chosen": None, "rejected": None}
+    path = write(
+        tmp_path / "a.jsonl", empty | {"answer": "damn"}, empty | {"prompt": "p", "chosen": "x", "rejected": "y"}
+    )
+    assert {kind: one.answers for kind, one in try_rules(rules, file=path, say=lambda text: None).items()} == {
+        "answer": 1, "chosen": 1, "rejected": 1,
+    }  # fmt: skip
+    said: list[str] = []
+    with pytest.raises(ConfigError, match="nothing to try"):
+        try_rules(rules, file=write(tmp_path / "empty.jsonl"), say=said.append)
+    assert len(said) == 1, said
+
+
 def test_a_files_pairs_dialogues_and_answers_are_counted_by_kind(rules: Path, tmp_path: Path) -> None:
     head = "\n\nHuman: damn\n\nAssistant:"
     path = write(

@@ -9,6 +9,7 @@ from cluster.errors import ConfigError, RunExistsError
 from cluster.plugin import resolve
 from configs.load import load_config
 from configs.run import RunConfig
+from keel.constitution import keep_constitution
 from keel.rundir import open_run
 
 
@@ -54,7 +55,7 @@ def test_what_made_the_finished_stages_may_not_change_on_resume(tmp_path: Path) 
 
 def test_finished_stages_keep_their_settings_and_more_steps_reopen_ppo(tmp_path: Path) -> None:
     with open_run(config(tmp_path), resume=False, fresh=False) as run:
-        for stage in ("sft", "ppo", "evaluate"):
+        for stage in ("sft", "ppo", "dpo", "evaluate"):
             with run.stage(stage):
                 pass
     changed = open_run(config(tmp_path, "sft.epochs=9"), resume=True, fresh=False)
@@ -63,7 +64,24 @@ def test_finished_stages_keep_their_settings_and_more_steps_reopen_ppo(tmp_path:
     with open_run(config(tmp_path, "rm.epochs=9", "learner.steps=20"), resume=True, fresh=False) as run:
         assert run.done("sft")
         assert not run.done("ppo")
+        assert not run.done("dpo"), "it starts from the policy that PPO ends with"
         assert not run.done("evaluate")
+
+
+def test_a_resumed_run_keeps_its_rules(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("rules: []")
+    run_dir = tmp_path / "run"
+    keep_constitution(config(tmp_path), run_dir)
+    assert not run_dir.exists()
+    ruled = config(tmp_path, f"reward.constitution={rules}")
+    keep_constitution(ruled, run_dir)
+    keep_constitution(ruled, run_dir)
+    with pytest.raises(ConfigError, match="without its constitution"):
+        keep_constitution(config(tmp_path), run_dir)
+    rules.write_text("rules: [other]")
+    with pytest.raises(ConfigError, match="another constitution"):
+        keep_constitution(ruled, run_dir)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,18 @@ def test_a_new_version_does_not_make_the_reward_jump(models: RewardModels) -> No
     assert scale.version == "rm-b"
 
 
+def test_beside_other_sources_a_new_version_goes_on_from_the_statistics_of_the_one_before(models: RewardModels) -> None:
+    scale = ScoreScale(models)
+    scale.normalised(train_batch(scored("rm-a~mix", [0.0, 1.0, 2.0, 3.0])), score_clip=5.0)
+    at_the_swap = [3.0, 3.0]
+    stayed = scale.normalised(train_batch(scored("rm-a~mix", at_the_swap)), score_clip=5.0)
+    swapped = scale.normalised(train_batch(scored("rm-b~mix", at_the_swap)), score_clip=5.0)
+    assert stayed.tolist()[0] > 0.5
+    assert swapped.tolist()[0] > 0.5, "an answer that was good stays good"
+    other = scale.normalised(train_batch(scored("rm-b~other-weights", at_the_swap)), score_clip=5.0)
+    assert other.tolist() == pytest.approx([0.0, 0.0]), "another scale starts from its own first scores"
+
+
 def test_versions_never_share_statistics(models: RewardModels) -> None:
     mixed = scored("rm-a", [1.0, -1.0]) + scored("rm-b", [90.0, 120.0])
     together = ScoreScale(models)
@@ -108,3 +120,7 @@ def test_caught_answers_are_kept_once_and_a_few_a_step(tmp_path: Path) -> None:
     assert lines[0] == {"prompt": "p", "answer": "i love you", "reason": "no-flattery", "policy_version": 0}
     assert len(lines) == 1 + 8
     assert all(math.isfinite(line["policy_version"]) for line in lines)
+    again = CaughtAnswers(tmp_path)
+    assert again.keep([(penalised, "p", "i love you")]) == 1
+    after = (tmp_path / "caught_by_rules.jsonl").read_text().splitlines()
+    assert len(after) == len(lines), "a resumed learner knows what is there"

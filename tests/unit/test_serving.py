@@ -9,13 +9,14 @@ import numpy as np
 
 from cluster.errors import ScoringError
 from cluster.records import DeadLetter, RuleVerdict, ScoredRollout
-from cluster.reward_models import Calibration
+from cluster.reward_models import NO_MODEL, Calibration
 from cluster.stores import MemoryScores
 from configs.reward import RewardSection
 from reward_service.rewards.compose import Composed, Composer
 from reward_service.rewards.sources import TextSample
-from reward_service.scorer import NO_MODEL, Scores, ScriptedScorer
+from reward_service.scorer import Scores, ScriptedScorer
 from reward_service.serving import Measured, Outcome, Rewarding, Serving
+from reward_service.worker import WorkerSettings
 from tests.reward_support import Watch, World, rollout
 from tests.serving_support import batch_scoring, running
 
@@ -221,3 +222,29 @@ async def test_a_sample_that_comes_again_because_of_a_source_needs_no_model_agai
         (outcome,), _ = await scoring.score([rollout("bad")])
         assert isinstance(outcome, ScoringError)
     assert scorer.scored == [["bad"]]
+
+
+class Fails:
+    """A source that has no number for every second task."""
+
+    tag = "t"
+
+    async def compose(
+        self, samples: Sequence[TextSample], *, model_rewards: Sequence[float] | None, calibration: Calibration | None
+    ) -> list[Composed | ScoringError]:
+        return [ScoringError("no number") if int(sample.task_id) % 2 else Composed(1.0, {}, ()) for sample in samples]
+
+
+async def test_a_source_that_fails_for_many_of_a_batch_does_not_end_the_worker() -> None:
+    world = World()
+    world.settings = WorkerSettings(consumer="w", batch_size=64, batch_wait_s=0.0, claim_wait_s=0.02)
+    scoring = batch_scoring(ScriptedScorer(), rewarding=Rewarding(composer=cast(Composer, Fails())))
+    await world.publish(*(rollout(str(number)) for number in range(64)))
+    async with running(world, scoring) as worker:
+        assert len(await world.scored(32)) == 32
+        await world.watch.reached("failures", 32)
+        for tries in (2, 3):  # now each comes alone, with nothing that is scored between
+            world.clock.now_s += 31.0
+            await world.watch.reached("failures", tries * 32)
+        assert len(await world.dead(32)) == 32
+    assert worker.counts == {"scored": 32, "failures": 96, "redelivered": 64, "dead": 32}

@@ -97,7 +97,7 @@ async function carryOn() {
     let answer = null;
     let notice = "";
     while (outbox().length) {
-      const [entry, ...rest] = outbox();
+      const [entry] = outbox();
       try {
         answer = await ask("judge", { ...entry, kinds: chosenKinds() });
         if (!answer.stored) notice = "You had judged this item already; the first judgement stands.";
@@ -106,7 +106,8 @@ async function carryOn() {
         answer = null;
         notice = error.message;
       }
-      keepOutbox(rest);
+      // Another tab may have added one meanwhile.
+      keepOutbox(outbox().filter(({ judgement_id }) => judgement_id !== entry.judgement_id));
     }
     // An item that somebody reads stays before them.
     if (answer === null) answer = state.item === null ? await ask("next", { kinds: chosenKinds() }) : await ask("progress");
@@ -124,7 +125,9 @@ async function carryOn() {
 async function judge(verdict) {
   if (state.item === null || state.busy || at("help").open) return;
   const { item_id } = state.item;
-  keepOutbox([...outbox(), { item_id, verdict, note: at("note").value, judgement_id: newId() }]);
+  // A note that its greatest length cut in the middle of an emoji is no text to the server.
+  const note = at("note").value.replace(/\p{Surrogate}/gu, "\ufffd");
+  keepOutbox([...outbox(), { item_id, verdict, note, judgement_id: newId() }]);
   sessionStorage.removeItem(noteKey(state.item));
   // What was judged stays in sight for the moment that the next item usually takes.
   state.item = null;

@@ -1,9 +1,12 @@
 // Text from models, shown as text: never parsed as markup, never able to reorder or hide what is around it.
 
 const SHOWN_AT_FIRST = 20000;
-// Bidirectional overrides and isolates, zero-width space, byte-order mark, control characters but tab and newline. Marks
-// that right-to-left scripts and emoji need (U+200C to U+200F) stay.
-const INVISIBLE = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u2028-\u202e\u2060\u2066-\u2069\ufeff]/;
+// Control characters but tab and newline; soft hyphen; fillers that are drawn as nothing; zero-width space; overrides,
+// isolates and other format characters; byte-order mark; tags and the variation selectors that can spell out hidden text;
+// half characters. Marks that right-to-left scripts and emoji need (U+200C to U+200F, U+FE00 to U+FE0F) stay.
+const INVISIBLE = new RegExp(
+  "[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u115f\\u1160\\u17b4\\u17b5\\u180e\\u200b\\u2028-\\u202e" +
+  "\\u2060-\\u206f\\u3164\\ufeff\\uffa0\\ufff9-\\ufffb\\u{e0000}-\\u{e0fff}\\p{Surrogate}]", "u");
 
 function append(target, text) {
   let plain = "";
@@ -27,7 +30,9 @@ export function textBlock(text, className) {
   block.className = "text " + className;
   block.dir = "auto";
   const whole = text.replaceAll("\r\n", "\n");
-  append(block, whole.slice(0, SHOWN_AT_FIRST));
+  // Never in the middle of a character.
+  const shown = whole.codePointAt(SHOWN_AT_FIRST - 1) > 0xffff ? SHOWN_AT_FIRST - 1 : SHOWN_AT_FIRST;
+  append(block, whole.slice(0, shown));
   if (whole === "") {
     block.classList.add("nothing");
     block.textContent = "(an empty answer)";
@@ -39,7 +44,7 @@ export function textBlock(text, className) {
     more.textContent = `Show all ${whole.length.toLocaleString("en")} characters`;
     more.addEventListener("click", () => {
       more.remove();
-      append(block, whole.slice(SHOWN_AT_FIRST));
+      append(block, whole.slice(shown));
     });
     block.append(more);
   }
