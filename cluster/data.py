@@ -158,7 +158,7 @@ def _from_tables(data: DataSection, *, directory: Path, seed: int) -> dict[str, 
     pairs: list[PreferencePair] = []
     if data.preferences is not None:
         loaded = read_preferences(data.preferences, needed=False)
-        require_well_formed(loaded, name="data.preferences")
+        require_well_formed(loaded, data.preferences)
         tables["preferences"], pairs = loaded.report, loaded.pairs
     tables["prompts"] = TableReport()
     records = list(_prompts(data.prompts, pairs, tables["prompts"]))

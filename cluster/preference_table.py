@@ -100,20 +100,20 @@ def read_preferences(
     loaded.report.used = len(loaded.pairs)
     if needed and not loaded.pairs:
         raise DataError(
-            f"no usable preference in {source.path if isinstance(source, FileSource) else source.name}",
+            f"no usable preference in {_name(source)}",
             got=_summary(loaded),
             do="see the forms in cluster/judgements.py; map columns by `columns: {field: column}`",
         )
     return loaded
 
 
-def require_well_formed(loaded: LoadedPreferences, *, name: str) -> None:
-    """For those who train on a table as it is: raise DataError if any record is malformed, naming lines."""
+def require_well_formed(loaded: LoadedPreferences, source: FileSource | HubSource) -> None:
+    """For those who train on a table as it is: raise DataError if any record is malformed, naming file and line."""
     malformed = [problem for problem in loaded.problems if problem.malformed]
     if malformed:
         raise DataError(
-            f"{len(malformed)} malformed record(s) in {name}",
-            got=_lines(malformed),
+            f"{len(malformed)} malformed record{'s' if len(malformed) > 1 else ''} in data.preferences",
+            got=_lines(malformed, prefix=f"{_name(source)}:"),
             do="repair or delete them, or leave them out by `keel data build`",
         )
 
@@ -123,8 +123,12 @@ def _summary(loaded: LoadedPreferences) -> str:
     return f"{loaded.counts['records']} records; {counts or 'nothing refused'}. {_lines(loaded.problems)}".rstrip()
 
 
-def _lines(problems: Sequence[Problem]) -> str:
-    shown = "; ".join(f"line {problem.line}: {problem.reason}" for problem in problems[:_SHOWN])
+def _name(source: FileSource | HubSource) -> str:
+    return str(source.path) if isinstance(source, FileSource) else source.name
+
+
+def _lines(problems: Sequence[Problem], *, prefix: str = "line ") -> str:
+    shown = "; ".join(f"{prefix}{problem.line}: {problem.reason}" for problem in problems[:_SHOWN])
     return f"{shown}; …" if len(problems) > _SHOWN else shown
 
 

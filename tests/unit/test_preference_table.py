@@ -386,7 +386,7 @@ def test_the_data_stage_takes_every_form_and_keeps_votes(tmp_path: Path) -> None
 
 def test_the_data_stage_refuses_malformed_records_by_line(tmp_path: Path) -> None:
     good = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    with pytest.raises(DataError, match=r"(?s)2 malformed record.*line 2: .*line 4: is not JSON"):
+    with pytest.raises(DataError, match=r"(?s)2 malformed records.*jsonl:2: .*jsonl:4: is not JSON"):
         _prepare(tmp_path, [good, good | {"votes": 3}, good | {"rejected": "a"}, "{"])
 
 
