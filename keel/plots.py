@@ -1,24 +1,22 @@
-"""The report's charts, as base64 of SVG. matplotlib is imported here alone, when a chart is drawn.
+"""The report's charts, as base64 of SVG.
 
 Legend: a *step record* is one line of metrics.jsonl; a value that is absent, null or not finite is a gap in its curve.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster.charts import empty_chart, svg_base64
 from cluster.files import Json
 from keel.display import number
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
 _SIZE_INCHES = (4.6, 2.7)
 _COLOURS = ("#0969da", "#cf222e", "#1a7f37")
@@ -63,7 +61,7 @@ def chart_svg(chart: Chart, steps: Sequence[Json]) -> str | None:
     curves = [(series, points) for series in chart.series if (points := _points(steps, "step", series.key))]
     if not curves:
         return None
-    figure, axes = _figure(chart.title, "step", chart.unit)
+    figure, axes = empty_chart(chart.title, "step", chart.unit, size_inches=_SIZE_INCHES)
     for colour, (series, points) in zip(_COLOURS, curves, strict=False):
         steps_x, values_y = zip(*points, strict=True)
         marker = "o" if len(points) == 1 else ""
@@ -72,7 +70,7 @@ def chart_svg(chart: Chart, steps: Sequence[Json]) -> str | None:
         axes.axvline(step, color="#57606a", linestyle=":", linewidth=1.2, zorder=0)
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=8)
-    return _encoded(figure)
+    return svg_base64(figure)
 
 
 def reward_model_changes(steps: Sequence[Json]) -> list[float]:
@@ -90,39 +88,16 @@ def gold_against_distance_svg(steps: Sequence[Json]) -> str | None:
     points = [(math.sqrt(max(0.0, kl)), gold) for kl, gold in _points(steps, "kl_nats_per_sequence", "gold_mean")]
     if not points:
         return None
-    figure, axes = _figure("Gold reward against distance", "√KL, √(nats per sequence)", "points")
+    figure, axes = empty_chart(
+        "Gold reward against distance", "√KL, √(nats per sequence)", "points", size_inches=_SIZE_INCHES
+    )
     distance_x, gold_y = zip(*points, strict=True)
     axes.plot(distance_x, gold_y, color="#d0d7de", linewidth=1)
     marks = axes.scatter(distance_x, gold_y, c=range(len(points)), cmap="viridis", s=14, zorder=3)
     figure.colorbar(marks, ax=axes, ticks=[]).set_label("order of steps", fontsize=8)
-    return _encoded(figure)
+    return svg_base64(figure)
 
 
 def _points(steps: Sequence[Json], x_key: str, y_key: str) -> list[tuple[float, float]]:
     pairs = [(number(record, x_key), number(record, y_key)) for record in steps]
     return [(x, y) for x, y in pairs if x is not None and y is not None]
-
-
-def _figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    """An empty chart, made without pyplot: no global state, no display, fit for any thread."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
-    axes.set_xlabel(x_label, fontsize=8)
-    axes.set_ylabel(y_label, fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _encoded(figure: Figure) -> str:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "keel"}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -145,12 +145,6 @@ class Runtime:
 
     def call(self, function: Callable[..., Any], *args: Any, threads: int = 1, gpus: float = 0.0) -> Any:
         """Run a stage's function in a Ray task of its own process and wait for it, ticking."""
-        return self.wait(self.start(function, *args, threads=threads, gpus=gpus))
-
-    def start(
-        self, function: Callable[..., Any], *args: Any, threads: int = 1, cpus: float = 1.0, gpus: float = 0.0
-    ) -> Any:
-        """The Ray reference of a function that runs in a process of its own."""
         ray = self.ray
         have = ray.cluster_resources().get("GPU", 0.0)
         if gpus > have:
@@ -160,10 +154,10 @@ class Runtime:
                 do="set learner.gpus_per_rank to what there is, or join a cluster with ray.address",
             )
         environment = torch_environment(threads)
-        task = ray.remote(
-            num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": environment}
-        )(function)
-        return task.remote(*args)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0, runtime_env={"env_vars": environment})(
+            function
+        )
+        return self.wait(task.remote(*args))
 
     def wait(self, reference: Any) -> Any:
         """The value of a Ray reference, ticking until it is there. Raises the remote error itself, and SupervisionError

@@ -31,7 +31,6 @@ class BuildOptions:
     held_out: float = 0.0
     min_confidence: float = MIN_CONFIDENCE
     min_votes: int = 1
-    limit: int | None = None
     seed: int = 0
 
 
@@ -55,7 +54,6 @@ def build(path: Path, *, out: Path, options: BuildOptions, say: Say) -> Built:
     loaded = load_preferences(
         path,
         columns=options.columns,
-        limit=options.limit,
         min_confidence=options.min_confidence,
         min_votes=options.min_votes,
         held_out_annotators=options.held_out,

@@ -12,20 +12,17 @@ from typing import Final, Literal
 
 import msgspec
 
+from reward_service.audit.annotators import BAD_AGREEMENT
+from reward_service.audit.audit import OVERFITS
+from reward_service.audit.leakage import BAD_LENGTH
 from reward_service.audit.records import Audit
 
 Method = Literal["rlhf", "dpo", "rules", "sft", "nothing"]
 
 ALREADY_GOOD: Final = 0.95
 """Baseline over which there is little to win."""
-POOR_AGREEMENT: Final = 0.60
-"""Pairwise agreement of annotators under which their votes are mostly noise."""
 FEWEST_PAIRS: Final = 500
-"""Under this no method learns from preferences,"""
-FEW_PAIRS: Final = 5_000
-"""and under this a reward model learns them by heart."""
-LEAKY: Final = 0.65
-"""Accuracy of length alone, or of one word alone, over which the labels teach that in place of quality."""
+"""Under this no method learns from preferences."""
 SHORT_LATENCY_MS: Final = 200.0
 """Under this time for an answer there is room for one short pass of a small model."""
 
@@ -70,9 +67,9 @@ class _Facts:
     @property
     def leak(self) -> str | None:
         """The shortcut to the label, in words."""
-        if self.length_only is not None and self.length_only > LEAKY:
+        if self.length_only is not None and self.length_only > BAD_LENGTH:
             return f"length alone tells {self.length_only:.0%} of the pairs right"
-        if self.strongest_cue is not None and self.strongest_cue > LEAKY:
+        if self.strongest_cue is not None and self.strongest_cue > BAD_LENGTH:
             return f"one word alone tells {self.strongest_cue:.0%} of the pairs right"
         return None
 
@@ -145,11 +142,11 @@ def _facts_to_look_up(facts: _Facts) -> tuple[Method, str] | None:
 
 
 def _no_agreement(facts: _Facts) -> tuple[Method, str] | None:
-    if facts.agreement is None or facts.agreement >= POOR_AGREEMENT:
+    if facts.agreement is None or facts.agreement >= BAD_AGREEMENT:
         return None
     return (
         "sft",
-        f"two annotators agree on {facts.agreement:.0%} of the pairs (under {POOR_AGREEMENT:.0%}): a reward model "
+        f"two annotators agree on {facts.agreement:.0%} of the pairs (under {BAD_AGREEMENT:.0%}): a reward model "
         "would learn their noise. Demonstrations by people who know the task are clearer.",
     )
 
@@ -177,11 +174,11 @@ def _leaky(facts: _Facts) -> tuple[Method, str] | None:
 
 
 def _short_of_pairs(facts: _Facts) -> tuple[Method, str] | None:
-    if facts.pairs is None or facts.pairs >= FEW_PAIRS:
+    if facts.pairs is None or facts.pairs >= OVERFITS:
         return None
     return (
         "dpo",
-        f"{facts.pairs:,} pairs (under {FEW_PAIRS:,}): a reward model learns them by heart, and PPO would exploit its "
+        f"{facts.pairs:,} pairs (under {OVERFITS:,}): a reward model learns them by heart, and PPO would exploit its "
         "errors. DPO trains on the pairs themselves.",
     )
 
@@ -259,27 +256,27 @@ def _cautions(facts: _Facts, method: Method) -> list[str]:
     if facts.pairs is not None and facts.agreement is None and method in ("rlhf", "dpo"):
         said.append("Annotators are not named in the data, so nobody knows how far they agree: have some pairs judged "
                     "several times.")  # fmt: skip
-    if method == "rlhf" and facts.pairs is not None and facts.pairs < 2 * FEW_PAIRS:
+    if method == "rlhf" and facts.pairs is not None and facts.pairs < 2 * OVERFITS:
         said.append("Under 10,000 pairs keep the KL target low and refresh the reward model (rm.refresh).")
     return said
 
 
 def _would_change(facts: _Facts, method: Method) -> list[str]:
     said: list[str] = []
-    if method in ("dpo", "sft") and (facts.pairs is None or facts.pairs < FEW_PAIRS):
-        said.append(f"{FEW_PAIRS:,} clear pairs or more: RLHF.")
+    if method in ("dpo", "sft") and (facts.pairs is None or facts.pairs < OVERFITS):
+        said.append(f"{OVERFITS:,} clear pairs or more: RLHF.")
     if method == "dpo" and facts.leak is None:
         said.append("A judge, or people, for fresh pairs while the policy trains (rm.refresh): RLHF from fewer pairs.")
-    if method == "sft" and facts.agreement is not None and facts.agreement < POOR_AGREEMENT:
-        said.append(f"Clearer guidelines and agreement over {POOR_AGREEMENT:.0%}: DPO or RLHF.")
+    if method == "sft" and facts.agreement is not None and facts.agreement < BAD_AGREEMENT:
+        said.append(f"Clearer guidelines and agreement over {BAD_AGREEMENT:.0%}: DPO or RLHF.")
     if method == "dpo" and facts.leak is not None:
-        said.append(f"Pairs in which no shortcut tells over {LEAKY:.0%} of the labels: RLHF.")
+        said.append(f"Pairs in which no shortcut tells over {BAD_LENGTH:.0%} of the labels: RLHF.")
     if method in ("rlhf", "dpo", "sft") and not facts.answers.verifiable:
         said.append("A program that checks answers: rules as reward.")
     if method != "nothing":
         said.append(f"A baseline over {ALREADY_GOOD:.0%}: nothing needs training.")
     if method == "rlhf":
-        said.append(f"Agreement under {POOR_AGREEMENT:.0%}, or a word or length that tells the label: SFT or DPO.")
+        said.append(f"Agreement under {BAD_AGREEMENT:.0%}, or a word or length that tells the label: SFT or DPO.")
     if method == "rules":
         said.append("If the check covers a part of quality only: a reward model beside it "
                     "(reward.sources: [{kind: function, …}, {kind: model}]).")  # fmt: skip

@@ -1,19 +1,15 @@
-"""The validation card's charts, as base64 of SVG. matplotlib is imported when a chart is drawn, without pyplot: no
-global state and no display, fit for any thread.
-"""
+"""The validation card's charts, as base64 of SVG."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from cluster.charts import empty_chart, svg_base64
 from reward_service.card.records import Card, Distribution, NamedRate, RankCorrelation, Rate, Reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _SIZE_INCHES: Final = (4.8, 3.0)
 _BLUE, _RED, _GREEN, _GREY, _AMBER = "#0969da", "#cf222e", "#1a7f37", "#8c959f", "#bf8700"
@@ -43,17 +39,19 @@ def charts(card: Card) -> list[tuple[str, str]]:
 
 
 def _reliability(part: Reliability) -> str:
-    figure, axes = _figure("Reliability", "confidence, σ(|margin|)", "share ordered right")
+    figure, axes = empty_chart(
+        "Reliability", "confidence, σ(|margin|)", "share ordered right", size_inches=_SIZE_INCHES
+    )
     axes.plot([0.5, 1.0], [0.5, 1.0], color=_GREY, linewidth=1, linestyle="--", label="calibrated")
     x = [each.confidence for each in part.bins]
     _whiskers(axes, x, [each.right for each in part.bins], colour=_BLUE, label="held-out pairs", line="-")
     axes.set_xlim(0.49, 1.01)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return _encoded(figure)
+    return svg_base64(figure)
 
 
 def _distributions(card: Card) -> str:
-    figure, axes = _figure("Scores", "score", "share of answers")
+    figure, axes = empty_chart("Scores", "score", "share of answers", size_inches=_SIZE_INCHES)
     for found in card.distributions:
         name, colour = _SOURCES[found.source]
         shares = _cumulated(found)
@@ -61,7 +59,7 @@ def _distributions(card: Card) -> str:
         axes.stairs(shares, card.edges, color=colour, alpha=0.10, fill=True)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
-    return _encoded(figure)
+    return svg_base64(figure)
 
 
 def _cumulated(found: Distribution) -> list[float]:
@@ -70,7 +68,7 @@ def _cumulated(found: Distribution) -> list[float]:
 
 def _shares(rates: Sequence[NamedRate], *, title: str, least: float) -> str:
     """A line a share with its interval; dotted at a coin's 0.5, dashed at what is wanted."""
-    figure, axes = _figure(title, "share, with its 95 % interval", "")
+    figure, axes = empty_chart(title, "share, with its 95 % interval", "", size_inches=_SIZE_INCHES)
     places = list(range(len(rates)))[::-1]
     axes.axvline(0.5, color=_GREY, linewidth=1, linestyle=":")
     axes.axvline(least, color=_GREY, linewidth=1, linestyle="--")
@@ -82,7 +80,7 @@ def _shares(rates: Sequence[NamedRate], *, title: str, least: float) -> str:
     axes.set_yticks(places, [f"{_plain(_short(found.name))}\nn = {found.rate.n}" for found in rates], fontsize=7)
     axes.set_ylim(-0.6, len(rates) - 0.4)
     axes.set_xlim(-0.02, 1.02)
-    return _encoded(figure)
+    return svg_base64(figure)
 
 
 def _ranking(ranks: Sequence[RankCorrelation]) -> str:
@@ -90,14 +88,15 @@ def _ranking(ranks: Sequence[RankCorrelation]) -> str:
     human = [rank for rank in ranks if rank.against == "human scores"]
     rank = human[-1] if human else ranks[-1]
     of_pairs = rank.against == "votes"
-    figure, axes = _figure(
+    figure, axes = empty_chart(
         f"{'Margins against votes' if of_pairs else 'Scores against human scores'}: ρ = {rank.spearman:.2f}",
         "margin" if of_pairs else "score",
         "share of votes − ½" if of_pairs else "human or gold score",
+        size_inches=_SIZE_INCHES,
     )
     x, y = zip(*rank.points, strict=True)
     axes.scatter(x, y, s=12, color=_BLUE, alpha=0.5, linewidths=0)
-    return _encoded(figure)
+    return svg_base64(figure)
 
 
 def _whiskers(axes: Axes, x: Sequence[float], rates: Sequence[Rate], *, colour: str, label: str, line: str) -> None:
@@ -115,27 +114,3 @@ def _short(name: str) -> str:
 def _plain(name: str) -> str:
     """A name that people chose, and not matplotlib's formulas."""
     return name.replace("$", r"\$")
-
-
-def _figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
-    axes.set_xlabel(x_label, fontsize=8)
-    axes.set_ylabel(y_label, fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _encoded(figure: Figure) -> str:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "keel"}):  # the same card draws the same bytes
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -37,7 +37,9 @@ HEAVY: dict[str, frozenset[str]] = {
     "trl": frozenset({"learner/sft.py", "learner/dpo.py", "reward_service/rm/fit.py"}),
     "fastapi": frozenset({"reward_service/review/page.py"}),
     "peft": frozenset({"learner/lora.py"}),
-    "matplotlib": frozenset({"keel/plots.py", "keel/preferences/plots.py", "reward_service/card/plots.py"}),
+    "matplotlib": frozenset(
+        {"cluster/charts.py", "keel/plots.py", "keel/preferences/plots.py", "reward_service/card/plots.py"}
+    ),
     "sklearn": frozenset({"reward_service/audit/leakage.py", "reward_service/audit/rebalance.py"}),
 }
 """Library → the files that may import it."""
