@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +82,11 @@ class BatchScoring:
     def serving(self) -> Serving:
         """What the next batch is scored by."""
         return self._serving
+
+    @property
+    def reward_counts(self) -> Mapping[str, int]:
+        """Of other sources and rules, since start."""
+        return self._rewarding.counts
 
     def install(self, serving: Serving) -> None:
         """Score by `serving` from the next batch on. A batch under way ends with what it began with, which is then let

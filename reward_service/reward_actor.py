@@ -153,6 +153,7 @@ class RewardActor:
             **parts.scoring.counts,
             **parts.watch.counts,
             "cache": dict(parts.cache.counts),
+            "rewards": dict(parts.scoring.reward_counts),
         }
 
     async def score(

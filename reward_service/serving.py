@@ -10,7 +10,7 @@ model that all its numbers come from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,6 +88,11 @@ class Rewarding:
     def reads_text(self) -> bool:
         """`Measured.text` must be given."""
         return self._composer is not None
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Of sources and rules, since start: failed, away, hit."""
+        return {} if self._composer is None else self._composer.counts
 
     async def outcomes(self, batch: Sequence[Measured], *, serving: Serving) -> list[Outcome]:
         """One for each of `batch`, all of whose scores are `serving`'s."""

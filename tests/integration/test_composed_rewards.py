@@ -39,10 +39,11 @@ class ComposedWorld(World):
     def __init__(self, config: RewardSection) -> None:
         super().__init__()
         self._config = config
+        self.scoring: BatchScoring
 
     def worker(self) -> RewardWorker:
         rewarding = Rewarding(self._config, composer=make_composer(self._config))
-        scoring = BatchScoring(
+        self.scoring = scoring = BatchScoring(
             self.scorer,
             thread=ForwardThread(),
             cache=None,
@@ -104,3 +105,6 @@ async def test_a_function_that_fails_on_one_answer_fails_that_one_alone(tmp_path
     assert dead.task.task_id == "t9"
     assert "nine" in dead.reason
     assert not dead.rejected
+    counts = world.scoring.reward_counts
+    assert counts["rule seven"] == 1
+    assert [count for name, count in counts.items() if name.startswith("failed") and count] == [3], "a time a delivery"

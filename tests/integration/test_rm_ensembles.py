@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +98,36 @@ def test_an_error_in_a_process_is_raised_here(started: Path, tmp_path: Path) -> 
     assert not (tmp_path / "b").exists()
 
 
+@dataclass(frozen=True)
 class Doomed:
-    """A job that fails as soon as it begins."""
+    """A job that fails as soon as it begins, and leaves `mark`."""
+
+    mark: Path
 
     @property
     def tokenizer_dir(self) -> Path:
+        self.mark.touch()
         raise DataError("doomed")
 
 
+@dataclass(frozen=True)
 class Talkative:
-    """A job that fails after more progress than a pipe holds."""
+    """A job that fails after more progress than a pipe holds, once `mark` is there."""
+
+    mark: Path
 
     @property
     def tokenizer_dir(self) -> Path:
-        time.sleep(1.0)  # the other one has failed by then
+        while not self.mark.exists():
+            time.sleep(0.01)
         for step in range(3000):
             members._events.put({"stage": "rm", "step": step, "note": "x" * 50})
         raise DataError("talkative")
 
 
 @pytest.mark.timeout(60)
-def test_a_job_whose_progress_nobody_takes_any_more_still_ends() -> None:
-    jobs: list[Any] = [Doomed(), Talkative()]
+def test_a_job_whose_progress_nobody_takes_any_more_still_ends(tmp_path: Path) -> None:
+    jobs: list[Any] = [Doomed(tmp_path / "failed"), Talkative(tmp_path / "failed")]
     with pytest.raises(DataError, match="doomed"):
         fit_all(jobs, parallel=2, threads=2, emit=lambda _: None)
 
