@@ -43,6 +43,9 @@ class RefreshSection(Section):
     plateau_versions: PositiveInt | None = None
     """Refresh when the mean normalised reward has not risen by plateau_gain over so many versions."""
     plateau_gain: PositiveFloat = 0.05
+    wait_after_versions: PositiveInt | None = None
+    """Training waits for a refresh that was begun so many policy versions ago (at most learner.stall_timeout_s), so
+    that the policy cannot run away from the reward model. null: it never waits; right where people judge."""
     freeze_before_version: NonNegativeInt = 0
     """No refresh before this policy version,"""
     freeze_after_version: PositiveInt | None = None

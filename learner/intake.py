@@ -2,7 +2,8 @@
 
 Consumes: SCORED and DEAD. Produces: PROMPTS. Waits: in `take_batch`, for scored rollouts.
 Who unblocks it: the reward service; or the task deadline, after which a task is issued again; or the stall time-out,
-which raises StallError. Always holds: the ledger's identity (learner/ledger.py), and no more tasks issued than the
+which raises StallError. While `hold_from` says so it waits for the driver, no longer than the stall time-out. Always
+holds: the ledger's identity (learner/ledger.py), and no more tasks issued than the
 gate allows. A server that is away is waited for, up to the stall time-out: the ledger makes good what it lost.
 """
 
@@ -49,6 +50,8 @@ class Intake:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ledger = ledger
+        self.hold_from: int | None = None
+        """No batch is handed out at this policy version or a later one, until this is None again."""
         self._streams = streams
         self._deck = deck
         self._gate = gate
@@ -76,8 +79,12 @@ class Intake:
 
         Raises StallError when nothing was scored for `stall_timeout_s`.
         """
-        last_progress_s = self._clock()
+        begun_s = last_progress_s = self._clock()
         while not stop.is_set():
+            if self._held(version, waited_s=self._clock() - begun_s):
+                await self._receive()
+                last_progress_s = self._clock()
+                continue
             self.ledger.drop_stale(version=version, max_staleness=self._settings.max_staleness)
             batch = self.ledger.take(self._settings.batch_size)
             if batch is not None:
@@ -88,6 +95,14 @@ class Intake:
             elif self._clock() - last_progress_s > self._settings.stall_timeout_s:
                 raise self._stalled()
         return None
+
+    def _held(self, version: int, *, waited_s: float) -> bool:
+        if self.hold_from is None or version < self.hold_from:
+            return False
+        if waited_s > self._settings.stall_timeout_s:
+            log.warning("held at version %d for %.0f s; going on", version, waited_s)
+            self.hold_from = None
+        return self.hold_from is not None
 
     async def _receive(self) -> bool:
         """One round of reading. True when a result came in: dead letters and rejected answers alone, for as long as the

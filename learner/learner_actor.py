@@ -109,6 +109,12 @@ class LearnerActor:
         self._stop.set()
         await self._ended.wait()
 
+    async def hold_from(self, version: int | None) -> None:
+        """Rank 0: train no batch at this policy version or a later one, until told None; no longer than the stall
+        time-out. A learner that takes this one's place is not held."""
+        if self._leading is not None:
+            self._leading[0].intake.hold_from = version
+
     async def _close_publisher(self) -> None:
         """So that no group waits for a rank 0 that is gone. Not beyond a time: the process ends soon anyway."""
         try:

@@ -55,7 +55,8 @@ Work = Generator[None, None, None]
 
 
 class Refresher:
-    """One a run. `announced`: called with (version, reason) when another version is to score."""
+    """One a run. `announced`: called with (version, reason) when another version is to score. `hold`: called with the
+    policy version from which on training is to wait for the refresh at hand, and with None when it is over."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class Refresher:
         reward: RolePool,
         trainer: Trainer,
         announced: Callable[[str, str], None],
+        hold: Callable[[int | None], None],
     ) -> None:
         self.counts: Counter[str] = Counter()
         """accepted, refused, failed, pairs_judged: since the start of the driver."""
@@ -75,6 +77,7 @@ class Refresher:
         self._judge = judge
         self._reward = reward
         self._announced = announced
+        self._hold = hold
         self._models = RewardModels(runtime.run.path / "rm")
         self._sampler = PairSampler(runtime, rollout, section=section)
         self._trainer = trainer
@@ -115,7 +118,7 @@ class Refresher:
     def _next_work(self) -> Work | None:
         reason = refresh_reason(self.progress, self._section)
         if reason is not None:
-            return self._guarded("refresh", self._refresh(reason))
+            return self._guarded("refresh", self._waited_for(self._refresh(reason)))
         if probe_due(self.progress, self._section):
             return self._guarded("probe", self._probe())
         return None
@@ -129,6 +132,18 @@ class Refresher:
             self.counts["failed"] += 1
             self._note("failed", f"{what} {self._number} failed, the reward model stays: {error}")
             self._write(what, outcome="failed", why=str(error))
+
+    def _waited_for(self, work: Work) -> Work:
+        """Training goes on meanwhile for as many versions as the section grants, if it grants so many only."""
+        granted = self._section.wait_after_versions
+        if granted is None:
+            yield from work
+            return
+        self._hold(self.progress.version + granted)
+        try:
+            yield from work
+        finally:
+            self._hold(None)
 
     # ------------------------------------------------------------ the two kinds of work
 
@@ -264,7 +279,12 @@ def make_refresher(runtime: Runtime, roles: Roles, *, announced: Callable[[str, 
     section = config.rm.refresh
     if section is None or not config.reward.needs_model:
         return None
-    rollout, reward = roles.rollout(runtime.run.path), roles.reward()
+    rollout, reward, learner = roles.rollout(runtime.run.path), roles.reward(), roles.learner()
+
+    def hold(version: int | None) -> None:
+        for handle in learner.handles:
+            handle.hold_from.remote(version)
+
     return Refresher(
         runtime,
         section=section,
@@ -273,6 +293,7 @@ def make_refresher(runtime: Runtime, roles: Roles, *, announced: Callable[[str, 
         reward=reward,
         trainer=RayTrainer(runtime, section=section),
         announced=announced,
+        hold=hold,
     )
 
 

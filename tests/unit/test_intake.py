@@ -153,6 +153,35 @@ async def test_a_stop_ends_the_wait() -> None:
     assert await taking is None
 
 
+async def test_a_held_learner_gets_no_batch_of_that_version_but_results_are_received() -> None:
+    streams, stop, clock = ImpatientStreams(), asyncio.Event(), Clock()
+    intake = make_intake(streams, clock)
+    intake.hold_from = 1
+    for version in (0, 1):
+        await intake.issue(step=version, version=version)
+        tasks = await issued(streams)
+        await streams.publish(StreamName.SCORED, [encode(scored(task, version=version)) for task in tasks])
+        taking = asyncio.create_task(intake.take_batch(step=version, version=version, stop=stop))
+        await next_issued(streams)
+        assert taking.done() is (version == 0)
+    assert intake.ledger.held == 2
+    clock.now_s += 49.0  # Short of the stall time-out, and no stall: nobody is at fault.
+    await next_issued(streams)
+    assert not taking.done()
+    intake.hold_from = None
+    assert len(await taking or []) == 2
+
+
+async def test_a_hold_that_nobody_lifts_ends_with_the_stall_timeout() -> None:
+    streams, clock = ImpatientStreams(), Clock(per_reading_s=1.0)
+    intake = make_intake(streams, clock)
+    intake.hold_from = 0
+    await intake.issue(step=0, version=0)
+    await streams.publish(StreamName.SCORED, [encode(scored(task)) for task in await issued(streams)])
+    assert len(await intake.take_batch(step=0, version=0, stop=asyncio.Event()) or []) == 2
+    assert intake.hold_from is None and clock.now_s > 50.0
+
+
 async def test_stale_samples_are_replaced() -> None:
     streams, stop = ImpatientStreams(), asyncio.Event()
     intake = make_intake(streams, Clock())

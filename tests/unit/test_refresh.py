@@ -80,6 +80,7 @@ class Scene:
     asked: list[float] = field(default_factory=list)
     requests: list[RefreshRequest] = field(default_factory=list)
     announced: list[tuple[str, str]] = field(default_factory=list)
+    held: list[int | None] = field(default_factory=list)
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     def runtime(self) -> Runtime:
@@ -131,6 +132,7 @@ class Scene:
             reward=self.pool(),
             trainer=self,
             announced=lambda version, reason: self.announced.append((version, reason)),
+            hold=self.held.append,
         )
 
 
@@ -180,6 +182,21 @@ def test_a_refresh_samples_judges_trains_and_announces(config: RunConfig) -> Non
         "accepted", "rm-new-1", 20, 0.7,
     )  # fmt: skip
     refresher.close()
+
+
+def test_training_is_held_while_a_refresh_lasts_where_the_section_says_so(config: RunConfig) -> None:
+    section = config.rm.refresh
+    assert section is not None
+    waiting = config.model_copy(update={"rm": config.rm.model_copy(update={
+        "refresh": section.model_copy(update={"wait_after_versions": 2})
+    })})  # fmt: skip
+    scene = Scene(waiting, outcome(accepted=False))
+    refresher = scene.refresher()
+    until_idle(refresher, version=4)
+    assert scene.held == [6, None]
+    scene.train = lambda request: 1 / 0
+    until_idle(refresher, version=8)
+    assert scene.held == [6, None, 10, None], "a refresh that fails holds nobody"
 
 
 def test_a_refused_or_failed_refresh_announces_nothing_and_the_next_comes_in_its_time(config: RunConfig) -> None:
