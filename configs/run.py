@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from configs.guard import GuardSection, Thresholds, WatchSection
 from configs.learner import (
     AdaptiveKl,
     ConstrainedKl,
@@ -37,10 +38,11 @@ from configs.section import Fraction, Section
 __all__ = [
     "AdaptiveKl", "AutoscaleSection", "CheckpointSection", "CollectSection", "ConstrainedKl", "DEFAULT_STAGES",
     "DataSection", "DpoSection", "EvaluationSection", "FileSource", "FixedKl", "Fraction", "FunctionReward",
-    "HttpReward", "HubSource", "KlBudget", "KlSection", "LearnerSection", "LoraSection", "MetricsSection",
+    "GuardSection", "HttpReward", "HubSource", "KlBudget", "KlSection", "LearnerSection", "LoraSection", "MetricsSection",
     "ModelReward", "ModelSection", "NewModel", "OptimizerSection", "PlacementSection", "PretrainedModel", "RaySection",
     "RedisSection", "RefreshSection", "ReviewSection", "RewardSection", "RewardSource", "RmSection", "RolloutSection",
-    "RunConfig", "STAGES", "Section", "SftSection", "Stage", "TableSource", "WeightsSection", "WorldSource",
+    "RunConfig", "STAGES", "Section", "SftSection", "Stage", "TableSource", "Thresholds", "WatchSection",
+    "WeightsSection", "WorldSource",
 ]  # fmt: skip
 
 Stage = Literal["data", "sft", "collect", "rm", "ppo", "dpo", "evaluate", "report"]
@@ -300,6 +302,7 @@ class RunConfig(Section):
     learner: LearnerSection = LearnerSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
+    guard: GuardSection = GuardSection()
     redis: RedisSection = RedisSection()
     weights: WeightsSection = WeightsSection()
     placement: PlacementSection = PlacementSection()

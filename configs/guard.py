@@ -1,0 +1,163 @@
+"""The guard's settings: what it looks at, from where on it warns and acts, and what it does then; and what is measured
+beside training for it. Units are in the names.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from configs.section import Fraction, Section
+
+GuardAction = Literal["alert", "raise_beta", "lower_lr", "freeze_rm", "refresh_rm", "roll_back", "halt"]
+
+
+class Above(Section):
+    """Values over these warn, or call for action. null: never."""
+
+    warn: float | None = None
+    act: float | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.warn is not None and self.act is not None and self.warn > self.act:
+            raise ValueError(f"warn ({self.warn:g}) must not lie over act ({self.act:g})")
+        return self
+
+
+class Below(Section):
+    """Values under these warn, or call for action. null: never."""
+
+    warn: float | None = None
+    act: float | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.warn is not None and self.act is not None and self.warn < self.act:
+            raise ValueError(f"warn ({self.warn:g}) must not lie under act ({self.act:g})")
+        return self
+
+
+class Thresholds(Section):
+    """One for each signal; learner/guard/ has their formulas. `reference`: answers of the policy before training."""
+
+    # Rewards of the step's batch.
+    proxy_z: Above = Above(warn=2.5, act=3.0)
+    """Mean reward in standard deviations from the mean of the reward model's calibration."""
+    reward_jump: Above = Above(warn=1.0, act=2.0)
+    """Change of the mean reward since the recent steps, in standard deviations of their rewards."""
+    reward_std_ratio: Below = Below(warn=0.25, act=0.05)
+    """Standard deviation of the rewards over that of the calibration: its collapse ends all learning."""
+    score_ceiling_fraction: Above = Above(warn=0.10)
+    """Share of answers over `guard.ceiling` on the 0–1 scale."""
+    reward_ks: Above = Above(warn=0.9)
+    """Kolmogorov–Smirnov distance of the rewards from the reference's."""
+    uncertainty_ratio: Above = Above(warn=2.0, act=4.0)
+    """Spread between the members of an ensemble over that on the reference's answers."""
+
+    # The policy's movement.
+    kl_nats_per_sequence: Above = Above(warn=8.0, act=10.0)
+    kl_slope_nats_per_step: Above = Above(warn=0.5)
+    entropy_nats_per_token: Below = Below(warn=0.15, act=0.1)
+
+    # Length.
+    response_tokens_ratio: Above = Above(warn=1.5, act=2.0)
+    """Mean length over the reference's."""
+    length_reward_correlation: Above = Above(warn=0.6, act=0.8)
+    """Spearman's, over the batch."""
+    length_reward_correlation_within_prompt: Above = Above(warn=0.6, act=0.8)
+    """The same with each prompt's own mean taken out; absent where no prompt has several answers."""
+    truncated_fraction: Above = Above(warn=0.2, act=0.5)
+
+    # What the answers say.
+    distinct_bigrams_ratio: Below = Below(warn=0.8, act=0.5)
+    """Distinct bigrams among an answer's bigrams, over the reference's."""
+    longest_repeat_fraction: Above = Above(warn=0.25, act=0.5)
+    """Mean share of an answer that its longest repeated span takes up."""
+    compression_ratio: Above = Above(warn=1.5, act=2.0)
+    """How much better the answers compress than the reference's."""
+    overused_words_share: Above = Above(warn=0.02, act=0.05)
+    """Largest share of answers by which a significantly over-used word exceeds the reference's."""
+    rare_token_fraction: Above = Above(warn=0.05, act=0.15)
+    """Tokens that the reference hardly ever uses."""
+    copied_fraction: Above = Above(warn=0.5)
+    """Answers with a long span that stands word for word in the SFT data, in excess of the reference's share."""
+
+    # The update's health.
+    clip_fraction: Above = Above(warn=0.4, act=0.6)
+    ratio_tail_fraction: Above = Above(warn=0.05, act=0.2)
+    """Tokens whose probability the update changed by more than a factor of two."""
+    behaviour_gap_max_nats: Above = Above(warn=1.0)
+    """Largest difference between the engine's log-probability of a token and the learner's."""
+    value_error_ratio: Above = Above(warn=1.5)
+    """Mean squared error of the values over the variance of the returns; 1 is no better than their mean."""
+    grad_norm_ratio: Above = Above(warn=5.0, act=20.0)
+    """The policy's gradient norm over its median so far."""
+
+    # Measured beside training, at intervals: evaluation and canary.
+    win_rate: Below = Below(warn=0.5, act=0.4)
+    """Against the reference, by the judge; the upper end of its 95 % interval has to lie below."""
+    win_rate_length_controlled: Below = Below(warn=0.45)
+    rm_judge_agreement: Below = Below(warn=0.6, act=0.5)
+    anchor_perplexity_ratio: Above = Above(warn=1.5, act=3.0)
+    """Perplexity of held-out SFT text over that before training: what the policy forgets."""
+    canary_ks: Above = Above(warn=0.9)
+    canary_z: Above = Above(warn=3.0)
+    """Shift of the mean reward on the fixed prompts, in standard deviations of the baseline."""
+
+
+class CanarySection(Section):
+    """A fixed set of prompts, answered at the start and again at intervals."""
+
+    prompts: PositiveInt = 64
+
+
+class WatchSection(Section):
+    """Evaluation while training goes on: the policy's answers to held-out prompts against the reference's."""
+
+    every_versions: PositiveInt = 10
+    prompts: PositiveInt = 64
+    judge: str | None = None
+    """As collect.judge, which it is when left out: who prefers which answer. No judge: no win rate."""
+    anchor_texts: NonNegativeInt = 64
+    """Held-out SFT texts whose perplexity is followed."""
+    canary: CanarySection | None = CanarySection()
+    timeout_s: PositiveFloat = 600.0
+
+
+class GuardSection(Section):
+    """Signals → verdict → actions."""
+
+    enabled: bool = True
+    thresholds: Thresholds = Thresholds()
+    ceiling: Fraction = 0.8
+    """On the scale where 0 is four standard deviations under the calibration's mean, and 1 four over it."""
+    warmup_steps: NonNegativeInt = 2
+    """No verdict in these: running baselines fill up."""
+    patience_steps: PositiveInt = 3
+    """So many steps in a row over a threshold raise the level; as many back within it lower it again."""
+    hysteresis: Fraction = 0.1
+    """Back within means: by this fraction of the threshold."""
+    cool_down_steps: NonNegativeInt = 10
+    """After an action no other is taken for so long: it has to show its effect."""
+    actions: tuple[GuardAction, ...] = ("alert", "raise_beta", "roll_back")
+    """Taken together when the verdict is to act. warn only ever alerts."""
+    beta_factor: Annotated[float, Field(ge=1.0)] = 2.0
+    """raise_beta: β is multiplied by this,"""
+    beta_floor: PositiveFloat = 0.05
+    """and is at least so much then."""
+    learning_rate_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """lower_lr."""
+    freeze_versions: PositiveInt = 20
+    """freeze_rm: no refresh of the reward model for so many versions."""
+    max_rollbacks: NonNegativeInt = 3
+    """When another one would be due, the run halts, with a diagnosis."""
+    keep_good: PositiveInt = 3
+    """Good checkpoints that are kept, newest first, beside the one of the start. Good: the guard had nothing to say,
+    and the last evaluation was passed."""
+    webhook: str | None = None
+    """URL that gets each alert, warning or action as a JSON POST."""
+    webhook_timeout_s: PositiveFloat = 5.0
+    watch: WatchSection | None = None
+    """null: nothing is measured beside training."""
