@@ -38,11 +38,11 @@ from configs.section import Fraction, Section
 __all__ = [
     "AdaptiveKl", "AutoscaleSection", "CheckpointSection", "CollectSection", "ConstrainedKl", "DEFAULT_STAGES",
     "DataSection", "DpoSection", "EvaluationSection", "FileSource", "FixedKl", "Fraction", "FunctionReward",
-    "GuardSection", "HttpReward", "HubSource", "KlBudget", "KlSection", "LearnerSection", "LoraSection", "MetricsSection",
-    "ModelReward", "ModelSection", "NewModel", "OptimizerSection", "PlacementSection", "PretrainedModel", "RaySection",
-    "RedisSection", "RefreshSection", "ReviewSection", "RewardSection", "RewardSource", "RmSection", "RolloutSection",
-    "RunConfig", "STAGES", "Section", "SftSection", "Stage", "TableSource", "Thresholds", "WatchSection",
-    "WeightsSection", "WorldSource",
+    "GuardSection", "HttpReward", "HubSource", "KlBudget", "KlSection", "LearnerSection", "LoraSection",
+    "MetricsSection", "ModelReward", "ModelSection", "NewModel", "OptimizerSection", "PlacementSection",
+    "PretrainedModel", "RaySection", "RedisSection", "RefreshSection", "ReviewSection", "RewardSection",
+    "RewardSource", "RmSection", "RolloutSection", "RunConfig", "STAGES", "Section", "SftSection", "Stage",
+    "TableSource", "Thresholds", "WatchSection", "WeightsSection", "WorldSource",
 ]  # fmt: skip
 
 Stage = Literal["data", "sft", "collect", "rm", "ppo", "dpo", "evaluate", "report"]
