@@ -61,10 +61,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _fsync_file(Path(folder, name))
-            fsync_directory(Path(folder))
+        fsync_tree(temporary)
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -89,6 +86,14 @@ def remove_stale(directory: Path) -> list[Path]:
         else:
             path.unlink(missing_ok=True)
     return stale
+
+
+def fsync_tree(path: Path) -> None:
+    """Make every file under `path`, and their names, durable. Raises OSError."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _fsync_file(Path(folder, name))
+        fsync_directory(Path(folder))
 
 
 def fsync_directory(path: Path) -> None:

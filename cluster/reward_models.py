@@ -2,7 +2,7 @@
 
     <run>/rm/versions/<version>/   member_0/ … (Hugging Face directories), manifest.json (RmManifest), the card
     <run>/rm/current.json          the version that scores
-    <run>/rm/refused/<version>/    those that were not good enough; kept to look at, never used
+    <run>/rm/refused/<version>/    those that were not good enough: their cards, and the weights of the last few; never used
 
 A version is written beside its place and renamed into it, complete or not at all; nothing in it changes afterwards.
 Written by whoever trains (one process at a time), read by every role.
@@ -22,11 +22,13 @@ from typing import Final, Literal
 import msgspec
 
 from cluster.errors import ModelError
-from cluster.files import atomic_write_bytes
+from cluster.files import atomic_write_bytes, fsync_directory, fsync_tree
 
 MANIFEST: Final = "manifest.json"
 _TRAIN_AGAIN: Final = "train the reward model again: keel rm CONFIG"
 
+KEPT_REFUSED: Final = 3
+"""Of the refused versions, so many of the newest keep their weights."""
 NO_MODEL: Final = "none"
 """In place of a version, where no reward model is asked (reward.sources)."""
 
@@ -176,8 +178,14 @@ class RewardModels:
         return stored
 
     def refuse(self, draft: Path, manifest: RmManifest) -> Path:
-        """Keep a draft to look at. Returns where it lies."""
-        return self._move(draft, manifest, place="refused").path
+        """Keep a draft to look at, and drop the weights of older ones. Returns where it lies."""
+        path = self._move(draft, manifest, place="refused").path
+        manifests = [file.parent for file in self.path.glob(f"refused/*/{MANIFEST}")]
+        manifests.sort(key=lambda version: read_manifest(version).number)
+        for version in manifests[:-KEPT_REFUSED]:
+            for weights in version.rglob("*.safetensors"):
+                weights.unlink()
+        return path
 
     def make_current(self, version: str) -> None:
         """From now on this version scores; announcing it to running workers is the caller's. Raises ModelError."""
@@ -195,7 +203,9 @@ class RewardModels:
         (draft / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
         draft.chmod(0o755)  # mkdtemp's is for its owner alone; other nodes may read as another user
         target.parent.mkdir(parents=True, exist_ok=True)
+        fsync_tree(draft)
         draft.rename(target)
+        fsync_directory(target.parent)
         return StoredRm(target, manifest)
 
 
