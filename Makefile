@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types setup clean
+.PHONY: demo test guard-experiment guard-experiment-quick lint types setup clean
 
 setup: $(VENV)/.ready
 
@@ -11,7 +11,14 @@ $(VENV)/.ready: requirements-cpu.lock pyproject.toml setup_venv.sh
 	PYTHON=$(PYTHON) ./setup_venv.sh $(VENV)
 
 demo: setup
-	$(BIN)/keel train demo --fresh
+	$(BIN)/keel train demo_online --set name=demo --fresh
+
+# The test bed of the guard: reward hacking provoked on purpose. 17 runs, up to 90 minutes; goes on where it was stopped.
+guard-experiment: setup
+	$(BIN)/python -m examples.guard_experiment.run
+
+guard-experiment-quick: setup
+	$(BIN)/python -m examples.guard_experiment.run --quick
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -13,11 +13,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 SYNC_TIMEOUT_S = 60.0
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class RolloutActor:
         if spec.turns is not None:
             # One that replaces another may find the learner on the GPU.
             await spec.turns.take("engine", spec.config.learner.stall_timeout_s)
-        self._engine = await _boot_engine(spec)
+        seed = engine_seed(run_seed=spec.config.seed, actor_index=spec.index, incarnation=spec.incarnation)
+        self._engine = await boot_engine(spec.config, model_path=spec.model_path, seed=seed)
         self._stack.push_async_callback(self._engine.shutdown)
         self._worker = RolloutWorker(
             process.redis.streams,
@@ -173,14 +175,37 @@ class RolloutActor:
             worker.meter.beat()
             return generation.response_ids.tolist(), generation.finish_reason
 
+        return await self._directly([answer(prompt) for prompt in prompts])
+
+    async def response_nats(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, int]]:
+        """(−Σ log p, count) of the response's tokens, for each (prompt ids, response ids), at temperature 1 under the
+        weights that the engine has. What would fill the model's context is cut. Any failure fails the call."""
+        engine, worker = self._parts()
+        longest = self._spec.config.max_sequence_tokens - 1  # an engine samples a token after what it reads
+
+        async def read(prompt: Sequence[int], response: Sequence[int]) -> tuple[float, int]:
+            ids = np.asarray([*prompt, *response][:longest], dtype=np.int32)
+            if len(ids) < 2:
+                return 0.0, 0
+            async with self._slots, asyncio.timeout(self._spec.config.rollout.generate_timeout_s):
+                logprobs = await engine.probe(ids)
+            worker.meter.beat()
+            known = logprobs[max(len(prompt) - 1, 0) :]
+            return -float(known.astype(np.float64).sum()), len(known)
+
+        return await self._directly([read(prompt, response) for prompt, response in sequences])
+
+    async def _directly(self, calls: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+        """Their results, in order; the first failure ends the others and is raised."""
         self._direct += 1
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(answer(prompt)) for prompt in prompts]
+                tasks = [group.create_task(call) for call in calls]
         except BaseExceptionGroup as errors:
             error = first_cause(errors)
             if isinstance(error, TimeoutError):
-                raise DeadlineError("a generation took too long", got=f"more than {timeout_s:g} s") from errors
+                limit_s = self._spec.config.rollout.generate_timeout_s
+                raise DeadlineError("a generation took too long", got=f"more than {limit_s:g} s") from errors
             raise error from errors
         finally:
             self._direct -= 1
@@ -222,16 +247,15 @@ def _settings(spec: RolloutSpec) -> WorkerSettings:
     )
 
 
-async def _boot_engine(spec: RolloutSpec) -> Engine:
-    config = spec.config
-    seed = engine_seed(run_seed=config.seed, actor_index=spec.index, incarnation=spec.incarnation)
+async def boot_engine(config: RunConfig, *, model_path: str, seed: int) -> Engine:
+    """The engine of this configuration with the weights in `model_path`. Raises EngineDeadError."""
     if config.rollout.engine == "scripted":
-        model = json.loads((Path(spec.model_path) / "config.json").read_text())
-        eos_id = model_eos_ids(spec.model_path)[0]
+        model = json.loads((Path(model_path) / "config.json").read_text())
+        eos_id = model_eos_ids(model_path)[0]
         return ScriptedEngine(vocab_size=model["vocab_size"], eos_id=eos_id, seed=seed)
     return await VllmEngine.start(
         VllmSpec(
-            model_path=spec.model_path,
+            model_path=model_path,
             rollout=config.rollout,
             max_sequence_tokens=config.max_sequence_tokens,
             seed=seed,

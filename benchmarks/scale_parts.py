@@ -24,6 +24,8 @@ from cluster.data_records import Prompt
 from cluster.run_redis import RunRedis
 from cluster.weights import WeightChannel, pack
 from learner.deck import DeckPrompt, PromptDeck, TaskTemplate
+from learner.guard.record import Decision
+from learner.guarded import UNGUARDED
 from learner.intake import Intake, IntakeSettings
 from learner.ledger import Gate, Ledger
 from learner.loop import train
@@ -160,6 +162,8 @@ class TimedState:
 
     total_steps = 1 << 30
     kl_budget_spent = False
+    halted = False
+    guard = None
 
     def __init__(self, load: Load, *, intake: Intake, channel: WeightChannel) -> None:
         self.step = self.version = 0
@@ -186,7 +190,12 @@ class TimedState:
 
     async def leave_device(self) -> None: ...
 
-    def save_if_due(self) -> None: ...
+    def begin(self) -> None: ...
+
+    def judge(self, report: None) -> Decision:
+        return UNGUARDED
+
+    def save_if_due(self, *, good: bool) -> None: ...
 
     def save_final(self) -> None: ...
 
@@ -196,6 +205,8 @@ class Timeline:
 
     def __init__(self) -> None:
         self.ended_s: list[float] = []
+
+    def report(self, *_step: Any) -> None: ...
 
     async def emit(self, *_step: Any) -> None:
         self.ended_s.append(time.monotonic())

@@ -8,8 +8,9 @@ import io
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes  # so that a file of charts needs no matplotlib of its own
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.lines import Line2D as Line2D
 
 
 def empty_chart(title: str, x_label: str, y_label: str, *, size_inches: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -25,6 +26,17 @@ def empty_chart(title: str, x_label: str, y_label: str, *, size_inches: tuple[fl
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def second_scale(axes: Axes, y_label: str, *, colour: str, first_colour: str) -> Axes:
+    """A second vertical scale, on the right. Each scale is labelled in the colour of its curve."""
+    other = axes.twinx()
+    other.set_ylabel(y_label, fontsize=8, color=colour)
+    other.tick_params(axis="y", labelsize=8, colors=colour)
+    other.spines[["top", "left"]].set_visible(False)
+    axes.yaxis.label.set_color(first_colour)
+    axes.tick_params(axis="y", colors=first_colour)
+    return other
 
 
 def svg_base64(figure: Figure) -> str:

@@ -136,10 +136,13 @@ class CheckpointStore:
             raise CheckpointError(
                 f"cannot pin step {step}", got=f"checkpoints of steps {self.list()}", do="pin a step that is saved"
             )
-        try:
-            atomic_write_text(self._pins_path, json.dumps(sorted(self.pinned() | {step})))
-        except OSError as error:
-            raise _write_error(step, self._directory, error) from error
+        self._write_pins(self.pinned() | {step}, step)
+
+    def unpin(self, step: int) -> None:
+        """Leave `step`, pinned or not, to the next pruning. Raises CheckpointError."""
+        pinned = self.pinned()
+        if step in pinned:
+            self._write_pins(pinned - {step}, step)
 
     def pinned(self) -> frozenset[int]:
         """The pinned steps. Raises CheckpointError when their list is unreadable: pruning must not guess."""
@@ -152,6 +155,12 @@ class CheckpointStore:
                 f"cannot read {self._pins_path}", got=str(error), do="mend it: a JSON list of step numbers"
             ) from error
         return frozenset(steps)
+
+    def _write_pins(self, steps: Iterable[int], changed: int) -> None:
+        try:
+            atomic_write_text(self._pins_path, json.dumps(sorted(steps)))
+        except OSError as error:
+            raise _write_error(changed, self._directory, error) from error
 
     @property
     def _pins_path(self) -> Path:

@@ -433,13 +433,20 @@ def disk_use(architecture: Architecture, config: RunConfig) -> DiskUse:
     that are taken as they are keep their type, which may be smaller. Every refresh on schedule leaves a version of the
     reward models, accepted or not."""
     checkpoint = 3 * FLOAT32 * sum(model.trained for model in _models(architecture, config))
-    kept = config.checkpoint.keep_last * checkpoint
+    kept = kept_checkpoints(config) * checkpoint
     exported = FLOAT32 * architecture.policy_parameters
     initial = exported if config.model.kind == "new" else 0
     version = (config.rm.ensemble + config.rm.discriminator) * FLOAT32 * architecture.scorer_parameters
     offline = initial + exported + (1 + _refreshes(config)) * version * config.reward.needs_model
     models = offline + 2 * exported  # policy/best and policy/final
     return DiskUse(checkpoint=checkpoint, checkpoints=kept, models=models, peak=kept + checkpoint + models + exported)
+
+
+def kept_checkpoints(config: RunConfig) -> int:
+    """The newest, and those that the guard may roll back to: the good ones and the start's."""
+    guard = config.guard
+    good = guard.keep_good + 1 if guard.enabled and "roll_back" in guard.actions else 0
+    return config.checkpoint.keep_last + good
 
 
 def _refreshes(config: RunConfig) -> int:

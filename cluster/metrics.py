@@ -233,7 +233,9 @@ class LearnerMetrics:
         )
         self.samples_issued = Counter("keel_samples_issued", "Tasks put into the prompt stream", registry=registry)
         self.reissues = Counter("keel_task_reissues", "Tasks issued again after their deadline", registry=registry)
-        self.rollbacks = Counter("keel_guard_rollbacks", "Returns to an earlier checkpoint", registry=registry)
+        self.samples_abandoned = Counter(
+            "keel_samples_abandoned", "Tasks under way when the policy was rolled back, and replaced", registry=registry
+        )
 
     def _step_metrics(self, registry: CollectorRegistry) -> None:
         self.step = Gauge("keel_step", "Steps finished", registry=registry)
@@ -295,7 +297,6 @@ class LearnerMetrics:
         self.uncertainty_mean = gauge("reward_uncertainty_mean", "Standard deviation over the reward ensemble")
         self.response_tokens_mean = gauge("response_tokens_mean", "Length of an answer")
         self.truncated_fraction = gauge("truncated_fraction", "Share of answers cut at their token limit")
-        self.guard_level = gauge("guard_level", "The guard's verdict: 0 ok, 1 warn, 2 act")
         self._grad_norm = Gauge("keel_grad_norm", "Gradient norm before clipping", ["model"], registry=registry)
         self.grad_norm: Mapping[str, Gauge] = {model: self._grad_norm.labels(model) for model in self.MODELS}
         for norm in self.grad_norm.values():

@@ -2,7 +2,7 @@
 
     <run>/rm/versions/<version>/   member_0/ … (Hugging Face directories), manifest.json (RmManifest), the card
     <run>/rm/current.json          the version that scores
-    <run>/rm/refused/<version>/    those that were not good enough: their cards, and the weights of the last few; never used
+    <run>/rm/refused/<version>/    not good enough: all cards, and the weights of the last few; never used
 
 A version is written beside its place and renamed into it, complete or not at all; nothing in it changes afterwards.
 Written by whoever trains (one process at a time), read by every role.

@@ -14,6 +14,7 @@ from configs.run import (
     STAGES,
     AdaptiveKl,
     ConstrainedKl,
+    FixedKl,
     FunctionReward,
     ModelReward,
     NewModel,
@@ -33,7 +34,7 @@ def cross_check(config: RunConfig, *, where: str = "configuration") -> None:
     """Raises ConfigError listing every contradiction in `config`."""
     checks = (
         _finite, _stages, _model, _data, _taken_as_is, _references, _batches, _kl, _optimisers, _times, _resources,
-        _rewards, _refresh,
+        _rewards, _refresh, _guard,
     )  # fmt: skip
     problems = [problem for check in checks for problem in check(config)]
     if problems:
@@ -117,11 +118,12 @@ def _taken_as_is(config: RunConfig) -> Iterator[str]:
 
 def named_functions(config: RunConfig) -> dict[str, str]:
     """Key → "package.module:function", of every function that a configuration names."""
-    world, refresh = config.data.world, config.rm.refresh
+    world, refresh, watch = config.data.world, config.rm.refresh, config.guard.watch
     named = {
         "data.world.factory": world.factory if world else None,
         "collect.judge": config.collect.judge,
         "rm.refresh.judge": refresh.judge if refresh and refresh.judge != "review" else None,
+        "guard.watch.judge": watch.judge if watch and watch.judge != "review" else None,
         "evaluation.gold": config.evaluation.gold,
     }
     for index, source in enumerate(config.reward.sources):
@@ -171,8 +173,13 @@ def _kl(config: RunConfig) -> Iterator[str]:
             f"to 0 (β changes by up to {_MAX_BETA_CHANGE}·batch/horizon); more than {_MAX_BETA_CHANGE * batch:g} "
             f"is needed, {10 * batch} is usual"
         )
-    if config.learner.kl_budget.start == 0.0:
+    budget = config.learner.kl_budget
+    if budget.start == 0.0:
         yield "learner.kl_budget.start = 0: a KL target of 0 cannot be approached; set 0.1 or more"
+    elif budget.start < 1.0 and budget.widen_steps == 0:
+        yield f"learner.kl_budget.start = {budget.start:g} has no effect while learner.kl_budget.widen_steps = 0"
+    elif budget.start < 1.0 and isinstance(kl, FixedKl):
+        yield f"learner.kl_budget.start = {budget.start:g}, but learner.kl.kind = fixed has no KL target to widen"
 
 
 def _optimisers(config: RunConfig) -> Iterator[str]:
@@ -234,6 +241,36 @@ def _refresh(config: RunConfig) -> Iterator[str]:
             "rm.refresh.disagreement_over with rm.refresh.earlier_fraction = 1: disagreement is measured on pairs of "
             "which both answers are the policy's own; leave some"
         )
+
+
+def _guard(config: RunConfig) -> Iterator[str]:
+    guard, kl = config.guard, config.learner.kl
+    if not guard.enabled:
+        return
+    limits = guard.thresholds.kl_nats_per_sequence
+    first = limits.act if limits.warn is None else limits.warn
+    if not isinstance(kl, FixedKl) and first is not None:
+        key, target = (
+            ("target_nats_per_sequence", kl.target_nats_per_sequence)
+            if isinstance(kl, AdaptiveKl)
+            else ("limit_nats_per_sequence", kl.limit_nats_per_sequence)
+        )
+        if target >= first:
+            yield (
+                f"learner.kl.{key} = {target:g}, not under guard.thresholds.kl_nats_per_sequence ({first:g}): the "
+                "guard would speak against what β steers to; set warn and act above it"
+            )
+    if "raise_beta" in guard.actions and not isinstance(kl, FixedKl) and guard.beta_floor > kl.beta_max:
+        yield f"guard.beta_floor = {guard.beta_floor:g}, more than learner.kl.beta_max = {kl.beta_max:g}"
+    for action in ("freeze_rm", "refresh_rm"):
+        if action in guard.actions and config.rm.refresh is None:
+            yield f"guard.actions has {action}, but without rm.refresh the reward model stays as it is"
+    watch = guard.watch
+    if watch is None:
+        return
+    judged = watch.judge or config.collect.judge or config.evaluation.gold
+    if judged is None and watch.canary is None and watch.anchor_texts == 0:
+        yield "guard.watch measures nothing: no judge (guard.watch.judge), no canary, no anchor_texts"
 
 
 def _times(config: RunConfig) -> Iterator[str]:

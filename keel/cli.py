@@ -145,6 +145,47 @@ def report(
 
 
 @app.command()
+def diagnose(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory; it may still be running.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print diagnosis.json.")] = False,
+) -> None:
+    """Say what happened in a run, why, and what to change; writes diagnosis.md and .json. See docs/diagnosis.md."""
+    from keel.diagnose.command import diagnose as diagnose_run
+
+    diagnose_run(run_dir, as_json_text=as_json)
+
+
+@app.command()
+def top(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run's directory, e.g. runs/demo; it may not be there yet.")
+    ],
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end, as without a terminal.")] = False,
+) -> None:
+    """Watch a run live, from its files alone: state, guard, curves, queues, events. Ctrl-C leaves the run alone."""
+    from keel.top import top as show
+
+    show(run, once=once)
+
+
+@app.command("eval")
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory; it may still be running.")],
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many held-out prompts; else all there are.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Who compares answers; else the run's judge.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="final, best or a directory; else final, or the best up to now.")
+    ] = None,
+) -> None:
+    """Compare a policy with the one before training on held-out prompts: win rate, gold, reward, KL, what it forgot."""
+    from keel.eval_command import evaluate_now
+
+    evaluate_now(_existing_run(run_dir), prompts=prompts, judge=judge, policy=policy)
+
+
+@app.command()
 def card(
     run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/demo; it may still be running.")],
     version: Annotated[str | None, typer.Option(help="A version, or how it begins; else the one that scores.")] = None,

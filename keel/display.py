@@ -1,13 +1,14 @@
 """What a running job looks like in the terminal: live with a TTY, one line a step and stage without.
 
-Consumes: `progress.jsonl` and `metrics.jsonl` of the run directory, by tailing, so a display may start late, or in
-another process. Produces: text. Waits for: nothing; the driver polls `refresh`. Always holds: a missing file, an
-unknown stage or a record without some field shows as a gap, never as an error.
+Consumes: `progress.jsonl`, `metrics.jsonl` and `guard.jsonl` of the run directory, by tailing, so a display may start
+late, or in another process. Produces: text. Waits for: nothing; the driver polls `refresh`. Always holds: a missing
+file, an unknown stage or a record without some field shows as a gap, never as an error.
 
 progress.jsonl: {"t": unix seconds, "stage", "event": "start" | "progress" | "end" | "skip", "step", "steps", "loss",
                 "note", "seconds"}; a record without an event is progress
                 {"t", "role", "event": "workers" | "restart" | "scale" | …, "running", "wanted", "note"}
 metrics.jsonl:  one record a PPO step
+guard.jsonl:    {"step", "event": "warn" | "act" | "ok" | "action", "why"}; of an action also "action" and its fields
 config.yaml:    learner.steps, for the ETA
 """
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GAP = "–"
+_ACTION_FIELDS = ("to_step", "beta", "factor", "rm_version", "until_version")
 _RECENT_STEPS = 8
 """Steps that the ETA averages over."""
 _LINE_EVERY_S = 5.0
@@ -125,6 +127,8 @@ class RunView:
     total_steps: int | None = None
     workers: Json = field(default_factory=dict)
     """The newest record of how many rollout actors run."""
+    guard_event: Json = field(default_factory=dict)
+    """The newest of guard.jsonl."""
 
     @classmethod
     def of(cls, stages: Iterable[str], *, total_steps: int | None = None) -> RunView:
@@ -184,6 +188,31 @@ def step_line(view: RunView) -> str:
     return "[ppo] step " + view.step_position + "  " + "  ".join(f"{name} {value}" for name, value in _readings(view))
 
 
+def guard_line(record: Json) -> str:
+    """One log line for a word or an action of the guard."""
+    step, why = _text(record, "step", "{:.0f}"), record.get("reason") or record.get("why")
+    what = str(record.get("action") if event_of(record) == "action" else event_of(record))
+    fields = ", ".join(
+        f"{key} {value if isinstance(value, str) else f'{value:.4g}'}"
+        for key in _ACTION_FIELDS
+        if isinstance(value := record.get(key), str | int | float)
+    )
+    text = f"[guard] step {step}: {what}" + (f" ({fields})" if fields else "")
+    return one_line(f"{text}: {why}" if isinstance(why, str) and why else text)
+
+
+def says_again(alert: Json, before: Json) -> bool:
+    """Whether an alert only repeats the line before it: a verdict of the same step, with the same reason."""
+    if alert.get("action") != "alert" or event_of(before) not in ("warn", "act"):
+        return False
+    return alert.get("step") == before.get("step") and str(alert.get("why")).endswith(str(before.get("why")))
+
+
+def one_line(text: str) -> str:
+    """Without what a terminal would take for a command, or a log for another line."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def _readings(view: RunView) -> list[tuple[str, str]]:
     record = view.step
     depths = "/".join(_text(record, f"depth_{name}", "{:.0f}") for name in ("prompts", "rollouts", "scored"))
@@ -239,6 +268,7 @@ class Display:
         self._name = run_dir.name
         self._clock = clock
         self._progress, self._metrics = JsonlTail(run_dir / "progress.jsonl"), JsonlTail(run_dir / "metrics.jsonl")
+        self._guard = JsonlTail(run_dir / "guard.jsonl")
         self._live: Live | None = None
         self._line_at_s: dict[str, float] = {}
         self.view = RunView.of(stages, total_steps=_total_steps(run_dir))
@@ -273,13 +303,19 @@ class Display:
         now_s = self._clock()
         for record in self._progress.read():
             stage = self.view.apply_progress(record)
-            if stage is None and (line := self.view.apply_role(record)) is not None:
+            line = self.view.apply_role(record) if stage is None else None
+            # The guard's own lines come from its journal.
+            if line is not None and record.get("role") != "guard":
                 show(line)
             if stage is not None and self._deserves_line(stage.name, record):
                 show(stage_line(stage, now_s=now_s))
         for record in self._metrics.read():
             self.view.apply_step(record)
             show(step_line(self.view))
+        for record in self._guard.read():
+            if not says_again(record, self.view.guard_event):
+                show(guard_line(record))
+                self.view.guard_event = record
 
     def _deserves_line(self, stage: str, record: Json) -> bool:
         if event_of(record) != "progress" or record.get("note"):
@@ -296,10 +332,13 @@ class Display:
     def _render(self) -> RenderableType:
         from rich.console import Group
         from rich.panel import Panel
+        from rich.text import Text
 
         parts: list[RenderableType] = [self._stage_table()]
         if self.view.step:
             parts.append(self._step_table())
+        if self.view.guard_event:
+            parts.append(Text(guard_line(self.view.guard_event), style="dim", no_wrap=True, overflow="ellipsis"))
         return Panel(Group(*parts), title=f"keel · {self._name}", title_align="left", expand=False)
 
     def _stage_table(self) -> Table:

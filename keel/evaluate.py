@@ -1,10 +1,13 @@
-"""Held-out evaluation: the same prompts answered by the SFT policy, by PPO's final one and by DPO's, and scored."""
+"""Held-out evaluation: the same prompts answered by the SFT policy, by PPO's final one and by DPO's, and scored; the
+trained ones' answers compared with the SFT policy's by a judge, where a function judges in this run."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +16,21 @@ from cluster.files import atomic_write_text
 from cluster.plugin import resolve
 from cluster.reward_models import RewardModels
 from cluster.supervise import RolePool
+from configs.guard import WatchSection
+from configs.run import RunConfig
+from keel.comparison import Reference, function_judge, outcomes, reference_answers
+from keel.online.watch_asking import in_background
 from keel.roles import Roles
 from keel.runtime import Runtime
-from keel.sampling import answer_all, load_questions
+from keel.sampling import Answer, Question, answer_all, load_questions
+from keel.winrate import perplexity_ratio, versus_fields
+from reward_service.preferences import Judge
+
+log = logging.getLogger(__name__)
 
 Tag = Literal["sft", "final", "dpo"]
 """Which policy: before training, PPO's last, DPO's."""
+_POLL_S = 0.1
 
 
 def evaluate_run(runtime: Runtime, roles: Roles) -> None:
@@ -54,10 +66,9 @@ def evaluate_policy(runtime: Runtime, roles: Roles, *, tag: Tag, model_dir: Path
         runtime, rollout, questions, stage="evaluate", temperature=config.rollout.temperature, newest=tag == "final"
     )
     sequences = [(question.token_ids, answer.token_ids) for question, answer in zip(questions, answers, strict=True)]
-    kl = {"kl_nats_per_sequence": 0.0, "kl_standard_error": 0.0}  # of the SFT policy to itself
+    moved = {"kl_nats_per_sequence": 0.0, "kl_standard_error": 0.0}  # of the SFT policy to itself
     if tag != "sft":
-        reference = str(run.path / "sft" / "model")
-        kl = runtime.call(_sequence_kl, str(model_dir), reference, sequences, config.rollout.temperature)
+        moved = runtime.call(distances, config, run.path, model_dir, sequences)
     rows: list[dict[str, Any]] = [
         {"prompt": question.text, "answer": answer.text, "truncated": answer.truncated}
         for question, answer in zip(questions, answers, strict=True)
@@ -74,7 +85,8 @@ def evaluate_policy(runtime: Runtime, roles: Roles, *, tag: Tag, model_dir: Path
         **scores,
         "response_tokens": statistics.fmean(len(answer.token_ids) for answer in answers),
         "truncated_fraction": statistics.fmean(answer.truncated for answer in answers),
-        **kl,
+        **moved,
+        **({} if tag == "sft" else _against_reference(runtime, roles, questions, answers)),
     }
     (run.path / "eval").mkdir(exist_ok=True)
     write_rows(run.path / "eval" / f"{tag}.rows.jsonl", rows)
@@ -89,9 +101,7 @@ def _score(
     if not runtime.config.reward.needs_model or not models.exists():
         return {}
     scoring = models.current()
-    reward = roles.reward()
-    reward.wait_ready(runtime.tick)
-    rewards: list[float] = runtime.wait(reward.handles[0].score.remote(sequences, version=scoring.version))
+    rewards = _rewards(runtime, roles, sequences, version=scoring.version)
     for row, raw in zip(rows, rewards, strict=True):
         row["reward"] = raw
     calibration = scoring.manifest.calibration
@@ -99,12 +109,92 @@ def _score(
     return {"reward_raw": _mean(rows, "reward"), "proxy_z": z, "rm_version": scoring.version}
 
 
-def _sequence_kl(
-    model_dir: str, ref_dir: str, sequences: Sequence[tuple[list[int], list[int]]], temperature: float
-) -> dict[str, float]:
-    from learner.evaluate import sequence_kl
+def _rewards(
+    runtime: Runtime, roles: Roles, sequences: Sequence[tuple[list[int], list[int]]], *, version: str
+) -> list[float]:
+    reward = roles.reward()
+    reward.wait_ready(runtime.tick)
+    rewards: list[float] = runtime.wait(reward.handles[0].score.remote(sequences, version=version))
+    return rewards
 
-    return sequence_kl(model_dir, ref_dir=ref_dir, sequences=sequences, temperature=temperature)
+
+def _against_reference(
+    runtime: Runtime, roles: Roles, questions: Sequence[Question], answers: Sequence[Answer]
+) -> dict[str, Any]:
+    """Win rate over the SFT policy's answers, and what else a comparison tells. A judge that fails costs a run no more
+    than that."""
+    config = runtime.config
+    judge = function_judge(config)
+    known = {one.question.record.prompt_id: one for one in reference_answers(config, runtime.run.path)}
+    pairs = [
+        (answer, known[question.record.prompt_id])
+        for question, answer in zip(questions, answers, strict=True)
+        if question.record.prompt_id in known
+    ]
+    if judge is None or not pairs:
+        return {}
+    job = in_background(lambda: compare(pairs, judge=judge, seed=config.seed), name="judge")
+    while not job.done():
+        runtime.tick()
+        time.sleep(_POLL_S)
+    try:
+        found = job.result()
+    except Exception as error:  # The judge is the user's function: it may raise anything.
+        log.exception("the judge failed")
+        runtime.run.emit(role="evaluate", event="failed", note=f"no win rate: the judge failed: {error}")
+        return {}
+    models = RewardModels(runtime.run.path / "rm")
+    margins: list[float] | None = None
+    if config.reward.needs_model and models.exists():
+        sequences = both_sides(pairs)
+        rewards = _rewards(runtime, roles, sequences, version=models.current().version)
+        margins = [mine - other for mine, other in zip(rewards[::2], rewards[1::2], strict=True)]
+    return versus_fields(found, token_differences=token_differences(pairs), reward_margins=margins)
+
+
+def compare(pairs: Sequence[tuple[Answer, Reference]], *, judge: Judge, seed: int) -> list[float | None]:
+    """Outcomes, by the judge, of answers against the reference's to the same prompts."""
+    return outcomes(
+        [reference.question.record.prompt for _, reference in pairs],
+        answers=[answer.text for answer, _ in pairs],
+        references=[reference.text for _, reference in pairs],
+        judge=judge,
+        seed=seed,
+    )
+
+
+def both_sides(pairs: Sequence[tuple[Answer, Reference]]) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, response ids) of each answer, and next to it of the reference's."""
+    return [
+        (reference.question.token_ids, ids)
+        for answer, reference in pairs
+        for ids in (answer.token_ids, reference.token_ids)
+    ]
+
+
+def token_differences(pairs: Sequence[tuple[Answer, Reference]]) -> list[float]:
+    """Length of each answer less the reference's."""
+    return [float(len(answer.token_ids) - len(reference.token_ids)) for answer, reference in pairs]
+
+
+def distances(
+    config: RunConfig, run_dir: Path, model_dir: Path, sequences: Sequence[tuple[list[int], list[int]]]
+) -> dict[str, Any]:
+    """How far the policy in `model_dir` is from the SFT policy: KL on its own answers, and perplexity of held-out
+    demonstrations. Loads both; the driver calls it in a process of its own."""
+    from learner.evaluate import nats_per_token, sequence_kl
+    from learner.held_out import held_out_texts
+
+    reference = run_dir / "sft" / "model"
+    found: dict[str, Any] = sequence_kl(
+        model_dir, ref_dir=reference, sequences=sequences, temperature=config.rollout.temperature
+    )
+    watch = config.guard.watch or WatchSection()
+    texts = held_out_texts(config, run_dir, limit=watch.anchor_texts)
+    if texts is not None:
+        now, before = (nats_per_token(one, sequences=texts.sequences) for one in (model_dir, reference))
+        found |= {"anchor_nats_per_token": now, "anchor_perplexity_ratio": perplexity_ratio(now, before=before)}
+    return found
 
 
 def _hold_final_weights(runtime: Runtime, rollout: RolePool) -> None:

@@ -13,6 +13,7 @@ from configs.run import STAGES, RunConfig, Stage
 from keel.constitution import keep_constitution
 from keel.display import Display
 from keel.interrupt import InterruptedRun, stop_on_signal
+from keel.online.stage import HaltedRun
 from keel.planning.gate import check_cluster, check_this_machine
 from keel.roles import Roles
 from keel.rundir import RunDirectory, open_run
@@ -38,8 +39,14 @@ def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
                     if config.redis.url is not None:
                         runtime.check_redis()
                     roles = Roles(runtime)
+                    bodies = {stage: functools.partial(STAGE_FUNCTIONS[stage], runtime, roles) for stage in wanted}
                     for stage in wanted:
-                        _run_stage(stage, run, functools.partial(STAGE_FUNCTIONS[stage], runtime, roles))
+                        try:
+                            _run_stage(stage, run, bodies[stage])
+                        except HaltedRun:
+                            if "report" in wanted:
+                                _run_stage("report", run, bodies["report"])
+                            raise
                         stop.check()
             except InterruptedRun as error:
                 print(f"keel: {error}", flush=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from cluster.errors import ConfigError, RunExistsError
 from cluster.files import atomic_write_text
@@ -96,8 +97,13 @@ def open_run(config: RunConfig, *, resume: bool, fresh: bool) -> Iterator[RunDir
 
 
 def _without_secrets(config: RunConfig) -> RunConfig:
-    """The configuration as it may lie on disk: no password in the server's URL."""
-    url = config.redis.url
+    """The configuration as it may lie on disk: no password in the server's URL, and of the webhook's only the host."""
+    url, webhook = config.redis.url, config.guard.webhook
+    if webhook is not None:
+        parts = urlsplit(webhook)
+        host = parts.netloc.rpartition("@")[2]
+        guard = config.guard.model_copy(update={"webhook": f"{parts.scheme}://{host}/***"})
+        config = config.model_copy(update={"guard": guard})
     if url is None:
         return config
     scheme, _, rest = url.partition("://")

@@ -13,6 +13,7 @@ from cluster.text import resolve_model_dir
 from configs.checks import named_functions
 from configs.run import PretrainedModel, RunConfig, Stage
 from keel.collect import collect_preferences
+from keel.diagnose.command import write_diagnosis_of
 from keel.evaluate import evaluate_run
 from keel.online.stage import run_online
 from keel.report import write_report
@@ -106,9 +107,10 @@ def evaluate(runtime: Runtime, roles: Roles) -> None:
 
 
 def report(runtime: Runtime, roles: Roles) -> None:
-    """summary.json and report.html."""
+    """summary.json, diagnosis.md and report.html."""
     del roles
     write_summary(runtime)
+    write_diagnosis_of(runtime.run.path)
     write_report(runtime.run.path)
 
 

@@ -57,6 +57,7 @@ def write_summary(runtime: Runtime) -> None:
         **({"gold_dpo": after_dpo.get("gold"), "proxy_dpo": after_dpo.get("proxy_z")} if after_dpo else {}),
         "proxy_sft": before.get("proxy_z"),
         "proxy_final": after.get("proxy_z"),
+        **({"win_rate_final": after["win_rate"]} if "win_rate" in after else {}),
         "kl_nats_per_sequence": after.get("kl_nats_per_sequence"),
         "kl_nats_per_sequence_last_steps": _last_mean(steps, "kl_nats_per_sequence"),
         "kl_target_nats_per_sequence": last.get("kl_target_nats_per_sequence"),
@@ -64,16 +65,36 @@ def write_summary(runtime: Runtime) -> None:
         "versions": last.get("version", 0),
         **{key: last.get(key, 0) for key in (
             "samples_issued", "samples_trained", "samples_stale_dropped", "samples_dead", "samples_rejected",
-            "samples_duplicate")},
+            "samples_duplicate", "samples_abandoned")},
         "stage_seconds": run.stage_seconds,
         **_read_json(run.path / "online.json"),
         "tokens_per_second_rollout": statistics.median(busy) if busy else None,
         "peak_rss_bytes": max(runtime.memory.peak_bytes, earlier.get("peak_rss_bytes", 0)),
         "rm": _reward_models(run.path),
+        "guard": guard_summary(run.path, last),
         "evaluation": evaluations,
         "data": _read_json(run.path / "data" / "report.json"),
     }  # fmt: skip
     atomic_write_text(run.path / "summary.json", json.dumps(summary, indent=1))
+
+
+def guard_summary(run_dir: Path, last_step: dict[str, Any]) -> dict[str, Any]:
+    """What the guard said and did: its level at the last step, its first sign, how often it took which action."""
+    path = run_dir / "guard.jsonl"
+    events = read_jsonl(path) if path.exists() else []
+    if not events and "guard" not in last_step:
+        return {}
+    alarms = [event for event in events if event.get("event") in ("warn", "act")]
+    actions = Counter(str(event.get("action")) for event in events if event.get("event") == "action")
+    return {
+        "level": last_step.get("guard", {}).get("level"),
+        "first_sign_step": alarms[0].get("step") if alarms else None,
+        "first_sign": ", ".join(alarms[0].get("signals") or ()) if alarms else None,
+        "acts": sum(event["event"] == "act" for event in alarms),
+        "rollbacks": actions["roll_back"],
+        "halted": actions["halt"] > 0,
+        "actions": dict(actions),
+    }
 
 
 def _reward_models(run_dir: Path) -> dict[str, Any]:

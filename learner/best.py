@@ -45,6 +45,17 @@ class BestPolicy:
             self._best, self._rm_version = float("-inf"), rm_version
         self._window.append((score_normalised, kl / kl_target if kl_target else 0.0))
 
+    def rolled_back(self, state: Mapping[str, Any], *, to_step: int) -> None:
+        """The run is back at the checkpoint of `to_step`, which holds this `state`. A policy/best of the branch that it
+        left is removed: a higher learned reward is what that branch went wrong by."""
+        self._window.clear()
+        self.from_state(state)
+        target = self._directory / "best"
+        note = target / "keel.json"
+        if target.exists() and (not note.exists() or json.loads(note.read_text())["step"] > to_step):
+            remove_directory(target)
+            self._best = float("-inf")
+
     def save_if_better(self, save_model: SaveModel, *, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """Write policy/best when the window's mean score is the highest yet and its KL within bounds."""
         if not self._window or fmean(share for _, share in self._window) > KL_MARGIN:

@@ -21,10 +21,17 @@ class DeckPrompt:
     prompt: Prompt
 
 
-class PromptDeck:
-    """Endless shuffled passes over the prompts. Its whole state is `position`, the count of prompts dealt."""
+Cut = tuple[int, int]
+"""(position, branch): from this position on, the order is that branch's own."""
 
-    def __init__(self, prompts: Sequence[DeckPrompt], *, seed: int, position: int = 0) -> None:
+
+class PromptDeck:
+    """Endless shuffled passes over the prompts, each of which is dealt once a pass. Its whole state is `position`, the
+    count of prompts dealt, and `cuts`: where the run went back to an earlier checkpoint, and deals otherwise since."""
+
+    def __init__(
+        self, prompts: Sequence[DeckPrompt], *, seed: int, position: int = 0, cuts: Sequence[Cut] = ()
+    ) -> None:
         if not prompts:
             raise DataError("no prompts to train on", got="0 usable prompts", do="see data/report.json for why")
         self._prompts = prompts
@@ -33,15 +40,31 @@ class PromptDeck:
         self._pass = -1
         self._order: np.ndarray = np.empty(0, dtype=np.int64)
         self.position = position
+        self.cuts: tuple[Cut, ...] = tuple(cuts)
 
     def deal(self) -> DeckPrompt:
         """The next prompt."""
         current, offset = divmod(self.position, len(self._prompts))
         if current != self._pass:
             self._pass = current
-            self._order = np.random.default_rng((self._seed, current)).permutation(len(self._prompts))
+            self._order = self._order_of(current)
         self.position += 1
         return self._prompts[int(self._order[offset])]
+
+    def branch_off(self, position: int, *, branch: int, cuts: Sequence[Cut]) -> None:
+        """Back to an earlier `position`, with the `cuts` of that time; from there on in another order."""
+        self.position, self._pass = position, -1
+        self.cuts = (*cuts, (position, branch))
+
+    def _order_of(self, number: int) -> np.ndarray:
+        """The order of this pass: of the branch that it began in, and what was left at each cut shuffled anew."""
+        begin, end = number * len(self._prompts), (number + 1) * len(self._prompts)
+        began_in = [branch for position, branch in self.cuts if position <= begin][-1:]
+        order = np.random.default_rng((self._seed, number, *began_in)).permutation(len(self._prompts))
+        for position, branch in self.cuts:
+            if begin < position < end:
+                np.random.default_rng((self._seed, number, branch)).shuffle(order[position - begin :])
+        return order
 
     def prompt(self, prompt_id: str) -> Prompt:
         """The prompt of this id, as it was read."""

@@ -1,4 +1,5 @@
-"""How far a trained policy has moved from the reference, on answers that the trained policy gave."""
+"""How far a trained policy has moved from the reference, on answers that the trained policy gave; and what texts that
+it did not give cost it."""
 
 from __future__ import annotations
 
@@ -37,6 +38,21 @@ def sequence_kl(
         kl_B[rows] = difference_BT.sum(dim=1).double().cpu().numpy()
     standard_error = float(kl_B.std(ddof=1) / math.sqrt(len(kl_B))) if len(kl_B) > 1 else 0.0
     return {"kl_nats_per_sequence": float(kl_B.mean()), "kl_standard_error": standard_error}
+
+
+@torch.inference_mode()
+def nats_per_token(model_dir: str | Path, *, sequences: Sequence[tuple[list[int], list[int]]]) -> float:
+    """Mean −log p of the responses' tokens at temperature 1: the logarithm of their perplexity. `sequences`: (prompt
+    ids, response ids)."""
+    policy = Policy.load(model_dir).eval()
+    if torch.cuda.is_available():
+        policy = policy.cuda()
+    batch = train_batch([_unscored(number, *pair, 1.0) for number, pair in enumerate(sequences)])
+    nats, tokens = 0.0, sum(len(response) for _, response in sequences)
+    for rows in micro_batches(batch.sequence_tokens, token_budget=_TOKEN_BUDGET, overhead_tokens=0):
+        part = batch.select(rows).to(policy.device)
+        nats -= float(policy.response_logprobs(part)[0].double().sum())
+    return nats / tokens
 
 
 def _unscored(number: int, prompt_ids: list[int], response_ids: list[int], temperature: float) -> ScoredRollout:

@@ -58,6 +58,8 @@ class ExperienceStats:
     """Largest |log π_prox − log π_behaviour| of a token: staleness and the engine's arithmetic together."""
     value_explained_variance: float | None
     """1 − var(returns − values)/var(returns); None without a critic or where the returns do not vary."""
+    value_error_ratio: float | None
+    """mean((returns − values)²)/var(returns): 1 is no better than their mean. None as above."""
     tokens: int
 
 
@@ -256,6 +258,7 @@ def experience_stats(experience: Experience, *, settings: LearnerSection) -> Exp
         return float((values_BT * mask_BT).sum()) / tokens
 
     k3_BT = kl_k3(batch.behaviour_logprobs_BT, other_logprobs_BT=batch.ref_logprobs_BT)
+    explained_variance, error_ratio = _value_fit(experience)
     gap_BT = (experience.prox_logprobs_BT - batch.behaviour_logprobs_BT).abs() * mask_BT
     return ExperienceStats(
         score_mean=float(batch.score_B.mean()),
@@ -272,15 +275,19 @@ def experience_stats(experience: Experience, *, settings: LearnerSection) -> Exp
             (experience.behaviour_weight_BT >= settings.behaviour_weight_cap).float()
         ),
         behaviour_gap_max_nats=float(gap_BT.max()),
-        value_explained_variance=_explained_variance(experience),
+        value_explained_variance=explained_variance,
+        value_error_ratio=error_ratio,
         tokens=int(tokens),
     )
 
 
-def _explained_variance(experience: Experience) -> float | None:
+def _value_fit(experience: Experience) -> tuple[float | None, float | None]:
+    """(explained variance, error ratio) of the values before the update."""
     if experience.values_BT is None or experience.returns_BT is None:
-        return None
+        return None, None
     valid_BT = experience.batch.mask_BT.bool()
     returns_N, values_N = experience.returns_BT[valid_BT], experience.values_BT[valid_BT]
-    variance = float(returns_N.var(correction=0))
-    return 1.0 - float((returns_N - values_N).var(correction=0)) / variance if variance > 1e-12 else None
+    variance, errors_N = float(returns_N.var(correction=0)), returns_N - values_N
+    if variance <= 1e-12:
+        return None, None
+    return 1.0 - float(errors_N.var(correction=0)) / variance, float(errors_N.square().mean()) / variance

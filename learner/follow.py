@@ -66,7 +66,7 @@ class Follower:
             case orders.Update():
                 if self._experience is None:
                     raise SupervisionError("an update was ordered before its experience", got=repr(order))
-                trainer.update(self._experience, step=order.step)
+                trainer.update(self._experience, step=order.step, lr_scale=order.lr_scale)
                 self._experience = None
             case orders.GatherWeights():
                 for _ in trainer.weights():

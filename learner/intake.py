@@ -74,6 +74,11 @@ class Intake:
             log.warning("queue server: %s; the tasks are sent when it is back", error)
         return len(tasks)
 
+    def abandon(self) -> int:
+        """Give up all tasks that have no outcome, for new ones in their place. Returns how many."""
+        self._unsent = []
+        return self.ledger.abandon()
+
     async def take_batch(self, *, step: int, version: int, stop: asyncio.Event) -> list[ScoredRollout] | None:
         """`batch_size` scored rollouts, none over age, oldest task first; None when `stop` was set meanwhile.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from configs import run as config
 from learner.algo import kl
 
@@ -27,6 +29,17 @@ def kl_controller(section: config.KlSection) -> kl.KlController:
                 beta_min=section.beta_min,
                 beta_max=section.beta_max,
             )
+
+
+def raised(state: kl.KlState, *, section: config.KlSection, factor: float, floor: float) -> kl.KlState:
+    """β becomes max(β · factor, floor), and at most what the section allows. The controller goes on from there: a fixed
+    one stays there.
+
+    Example: β 0.1, factor 2, floor 0.05: 0.2; β 0, fixed: 0.05.
+    """
+    beta = max(state.beta * factor, floor)
+    highest = float("inf") if isinstance(section, config.FixedKl) else max(section.beta_max, state.beta)
+    return replace(state, beta=min(beta, highest))
 
 
 def kl_budget(section: config.KlBudget) -> kl.KlBudget:

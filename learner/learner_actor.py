@@ -115,6 +115,11 @@ class LearnerActor:
         if self._leading is not None:
             self._leading[0].intake.hold_from = version
 
+    async def measured(self, values: dict[str, float | None], version: int) -> None:
+        """Rank 0: signals measured beside training, of this policy version, for the guard."""
+        if self._leading is not None and (guard := self._leading[0].guard) is not None:
+            guard.measured(values, version)
+
     async def _close_publisher(self) -> None:
         """So that no group waits for a rank 0 that is gone. Not beyond a time: the process ends soon anyway."""
         try:
@@ -158,6 +163,8 @@ class LearnerActor:
             team=Team(trainer),
             turns=spec.turns,
         )
+        if state.guard is not None:
+            self._stack.callback(state.guard.close)
         self._leading = state, Telemetry(spec.config, run_dir=self._run_dir, process=process, state=state)
         return {"step": state.step, "version": state.version, "rm_version": state.scores.version}
 

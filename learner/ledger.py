@@ -1,7 +1,7 @@
 """The learner's account of every task: what was issued, and the one outcome that each task gets.
 
-Pure bookkeeping, no input or output. Always holds: issued = trained + stale_dropped + dead +
-rejected + outstanding + held.
+Pure bookkeeping, no input or output. Always holds: issued = trained + stale_dropped + dead + rejected + abandoned +
+outstanding + held.
 That identity is what lets a run lose actors, reward workers or a whole queue server and still lose no sample.
 """
 
@@ -40,13 +40,15 @@ class Counts:
     dead: int = 0
     rejected: int = 0
     """Answers that the reward service refused as too uncertain."""
+    abandoned: int = 0
+    """Out or held when the run went back to an earlier checkpoint."""
     duplicates: int = 0
     """Results for tasks that had an outcome already, or that another incarnation of the run had issued."""
     reissued: int = 0
 
     @property
     def dropped(self) -> int:
-        return self.stale_dropped + self.dead + self.rejected
+        return self.stale_dropped + self.dead + self.rejected + self.abandoned
 
 
 @dataclass
@@ -130,6 +132,15 @@ class Ledger:
                 self._broken.add(group)
                 self._drop(group)
         return self.counts.stale_dropped - before
+
+    def abandon(self) -> int:
+        """Give up everything that is out or held: it belongs to a branch of the run that is left. Results that come in
+        late are duplicates. Returns how many."""
+        count = len(self._outstanding) + len(self._held)
+        self.counts.abandoned += count
+        for kept in (self._outstanding, self._held, self._groups, self._broken):
+            kept.clear()
+        return count
 
     def _drop(self, group: str) -> None:
         """Give up the held members of a broken group; members that are still out follow when they come in."""

@@ -18,6 +18,7 @@ class MakeExperience(msgspec.Struct, frozen=True, tag=True):
 
 class Update(msgspec.Struct, frozen=True, tag=True):
     step: int
+    lr_scale: float
 
 
 class GatherWeights(msgspec.Struct, frozen=True, tag=True):

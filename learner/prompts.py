@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.data_records import PROMPTS_FILE, PromptRecord, data_dir, read_rows
 from cluster.text import EncodedPrompt, encode_prompt, load_tokenizer
 from configs.run import RunConfig
-from learner.deck import DeckPrompt, PromptDeck
+from learner.deck import Cut, DeckPrompt, PromptDeck
 
 log = logging.getLogger(__name__)
 
 
-def load_deck(config: RunConfig, run_dir: Path, *, position: int) -> PromptDeck:
+def load_deck(config: RunConfig, run_dir: Path, *, position: int, cuts: Sequence[Cut] = ()) -> PromptDeck:
     """Every prompt that encodes, with what was left out counted in the log. Raises DataError when none is left."""
     tokenizer = load_tokenizer(run_dir / "sft" / "model")
     prompts: list[DeckPrompt] = []
@@ -29,4 +30,4 @@ def load_deck(config: RunConfig, run_dir: Path, *, position: int) -> PromptDeck:
         else:
             outcomes[f"rejected: {encoded.reason}"] += 1
     log.info("prompts: %s", dict(outcomes))
-    return PromptDeck(prompts, seed=config.seed, position=position)
+    return PromptDeck(prompts, seed=config.seed, position=position, cuts=cuts)

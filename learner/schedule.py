@@ -51,9 +51,10 @@ class ScheduledAdamW:
     def learning_rate(self) -> float:
         return float(self._adamw.param_groups[0]["lr"])
 
-    def set_step(self, step: int) -> float:
-        """Take the learning rate of training step `step` (from 0) for every update until the next call."""
-        rate = learning_rate_at(step, section=self._section, total_steps=self._total_steps)
+    def set_step(self, step: int, *, scale: float = 1.0) -> float:
+        """Take the learning rate of training step `step` (from 0), times `scale`, for every update until the next
+        call."""
+        rate = scale * learning_rate_at(step, section=self._section, total_steps=self._total_steps)
         for group in self._adamw.param_groups:
             group["lr"] = rate
         return rate
@@ -86,9 +87,11 @@ class ScheduledAdamW:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = state[key].to(device)
 
-    def allocate_state(self) -> None:
-        """Make the state that the first step would make, so that `state_tensors` has something to read into."""
-        for parameter in self._named.values():
+    def reset_state(self, *, zeros: bool) -> None:
+        """The state before the first step, which is none; or, with `zeros`, what the first step would begin with, so
+        that `state_tensors` has something to read into."""
+        self._adamw.state.clear()
+        for parameter in self._named.values() if zeros else ():
             self._adamw.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),

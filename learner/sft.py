@@ -96,7 +96,7 @@ def _take(initial: InitialModel, run_dir: Path) -> SftReport:
 
 def _train(initial: InitialModel, config: RunConfig, run_dir: Path, emit: Emit) -> SftReport:
     tokenizer = load_tokenizer(initial.tokenizer_dir)
-    train, held_out = _split(encode_examples(run_dir, data=config.data, tokenizer=tokenizer), seed=config.seed)
+    train, held_out = split_examples(encode_examples(run_dir, data=config.data, tokenizer=tokenizer), seed=config.seed)
     settings = FitSettings(
         examples=len(train),
         epochs=config.sft.epochs,
@@ -146,7 +146,8 @@ def encode_examples(run_dir: Path, *, data: DataSection, tokenizer: PreTrainedTo
     return examples
 
 
-def _split(examples: list[EncodedExample], *, seed: int) -> tuple[list[EncodedExample], list[EncodedExample]]:
+def split_examples(examples: list[EncodedExample], *, seed: int) -> tuple[list[EncodedExample], list[EncodedExample]]:
+    """(to train on, held out): the same ones for the same examples and seed."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     held_out = max(1, round(HELD_OUT_FRACTION * len(examples)))

@@ -47,11 +47,11 @@ class Team:
         with self._ranks.bounded("making experience"):
             return self._trainer.make_experience(rollouts, scores_B=scores_B, beta=beta)
 
-    def update(self, experience: Experience, *, step: int) -> UpdateStats:
+    def update(self, experience: Experience, *, step: int, lr_scale: float = 1.0) -> UpdateStats:
         """`experience`: what `make_experience` gave last."""
-        self._tell(lambda: orders.Update(step))
+        self._tell(lambda: orders.Update(step=step, lr_scale=lr_scale))
         with self._ranks.bounded("an update"):
-            return self._trainer.update(experience, step=step)
+            return self._trainer.update(experience, step=step, lr_scale=lr_scale)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors, one at a time: the others go along, so take them all."""

@@ -1,7 +1,8 @@
-"""What a step tells the world: a line of metrics.jsonl, the Prometheus series, and the gold reward.
+"""What a step tells: its report, which the guard reads; then a line of metrics.jsonl, the Prometheus series, and the
+gold reward.
 
-Gold, where a test world has one, is computed here and nowhere else: after the update, from text. Nothing here feeds
-back into training.
+Gold, where a test world has one, is computed here and nowhere else: after the guard has judged, from text, so that it
+feeds back into nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.data_records import Prompt
 from cluster.errors import StreamError
 from cluster.files import JsonlWriter, atomic_write_text, read_jsonl
+from cluster.guard_metrics import GuardMetrics
 from cluster.metrics import LearnerMetrics
 from cluster.plugin import resolve
 from cluster.process import Process
@@ -56,6 +58,20 @@ class StepTimes:
         self.published_s = time.monotonic()
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """A finished step. Row by row the same answer. `record`: its line of metrics.jsonl, as far as it is known; whoever
+    has more to say adds to it."""
+
+    rollouts: Sequence[ScoredRollout]
+    prompts: Sequence[Prompt]
+    """As they were read."""
+    texts: Sequence[str]
+    """Of the answers."""
+    record: dict[str, Any]
+    times: StepTimes
+
+
 @dataclass
 class _Seen:
     """Totals at the last step, for the counters' increments."""
@@ -71,6 +87,7 @@ class Telemetry:
         self._process = process
         self._metrics = LearnerMetrics(process.registry)
         self._metrics.ranks.set(config.learner.ranks)
+        self._guard_metrics = GuardMetrics(process.registry, thresholds=config.guard.thresholds)
         self._tokenizer = load_tokenizer(run_dir / "sft" / "model")
         self._gold: Callable[..., float] | None = (
             resolve(config.evaluation.gold, key="evaluation.gold") if config.evaluation.gold is not None else None
@@ -82,22 +99,34 @@ class Telemetry:
         self._started_s = time.monotonic()
         self._seen = _Seen(counts=Counts(**vars(state.intake.ledger.counts)))
 
-    async def emit(
+    def report(
         self,
         state: LearnerState,
         rollouts: Sequence[ScoredRollout],
         stats: ExperienceStats,
         update: UpdateStats,
         times: StepTimes,
-    ) -> None:
-        """Record one finished step. The state is already past it."""
+    ) -> StepReport:
+        """Of the step that the state is just past."""
+        tasks = [scored.rollout for scored in rollouts]
+        return StepReport(
+            rollouts=rollouts,
+            prompts=[state.deck.prompt(rollout.task.prompt_id) for rollout in tasks],
+            texts=[decode_answer(self._tokenizer, rollout.response_ids.tolist()) for rollout in tasks],
+            record=self._record(state, rollouts, stats, update, times),
+            times=times,
+        )
+
+    async def emit(self, state: LearnerState, report: StepReport) -> None:
+        """Write it down."""
         self._process.heartbeat.beat()
+        report.record.update(self._from_texts(report))
         depths = await self._depths()
-        record = self._record(state, rollouts, stats, update, times) | {
-            f"depth_{stream.value}": depth.backlog + depth.in_flight for stream, depth in depths.items()
-        }
-        self._writer.write(record)
-        self._export(record, state, rollouts, times)
+        report.record.update(
+            {f"depth_{stream.value}": depth.backlog + depth.in_flight for stream, depth in depths.items()}
+        )
+        self._writer.write(report.record)
+        self._export(report.record, state, report.rollouts, report.times)
 
     async def _depths(self) -> dict[StreamName, Depth]:
         """Depths are for the eye: a server that is away leaves them out, the intake deals with it."""
@@ -119,6 +148,7 @@ class Telemetry:
         record = {
             "step": state.step,
             "version": state.version,
+            "branch": state.branch,
             "time_s": round(now_s - self._started_s, 3),
             "reward_mean": stats.score_mean,
             "reward_std": stats.score_std,
@@ -135,6 +165,7 @@ class Telemetry:
             "samples_stale_dropped": counts.stale_dropped,
             "samples_dead": counts.dead,
             "samples_rejected": counts.rejected,
+            "samples_abandoned": counts.abandoned,
             "samples_duplicate": counts.duplicates,
             "samples_reissued": counts.reissued,
             "tokens_per_second_rollout": stats.tokens / max(now_s - self._seen.finished_s, 1e-9),
@@ -147,23 +178,22 @@ class Telemetry:
             record.setdefault(name, value)
         if any(scored.verdicts for scored in rollouts):
             record["flagged_fraction"] = fmean(bool(scored.verdicts) for scored in rollouts)
-            record["caught"] = self._caught.keep((scored, *self._texts(state, scored)) for scored in rollouts)
         if any(scored.weight != 1.0 for scored in rollouts):
             record["down_weighted_fraction"] = fmean(scored.weight != 1.0 for scored in rollouts)
-        if self._gold is not None:
-            record["gold_mean"] = fmean(self._golds(state, rollouts))
         self._seen.finished_s = now_s
         return record
 
-    def _golds(self, state: LearnerState, rollouts: Sequence[ScoredRollout]) -> list[float]:
-        assert self._gold is not None
-        return [float(self._gold(*self._texts(state, scored))) for scored in rollouts]
-
-    def _texts(self, state: LearnerState, scored: ScoredRollout) -> tuple[Prompt, str]:
-        """Prompt as it was read, and the answer."""
-        rollout = scored.rollout
-        prompt = state.deck.prompt(rollout.task.prompt_id)
-        return prompt, decode_answer(self._tokenizer, rollout.response_ids.tolist())
+    def _from_texts(self, report: StepReport) -> dict[str, Any]:
+        """What the guard does not see."""
+        found: dict[str, Any] = {}
+        if any(scored.verdicts for scored in report.rollouts):
+            found["caught"] = self._caught.keep(zip(report.rollouts, report.prompts, report.texts, strict=True))
+        if self._gold is not None:
+            gold = self._gold
+            found["gold_mean"] = fmean(
+                float(gold(prompt, text)) for prompt, text in zip(report.prompts, report.texts, strict=True)
+            )
+        return found
 
     def _ages(self, state: LearnerState, rollouts: Sequence[ScoredRollout]) -> list[int]:
         """Versions that each sample lagged behind the policy it trained, which is the one before this step's."""
@@ -193,6 +223,7 @@ class Telemetry:
         metrics.samples_issued.inc(counts.issued - seen.issued)
         metrics.samples_dead.inc(counts.dead - seen.dead)
         metrics.samples_rejected.inc(counts.rejected - seen.rejected)
+        metrics.samples_abandoned.inc(counts.abandoned - seen.abandoned)
         metrics.duplicates_dropped.inc(counts.duplicates - seen.duplicates)
         metrics.stale_dropped.inc(counts.stale_dropped - seen.stale_dropped)
         metrics.reissues.inc(counts.reissued - seen.reissued)
@@ -204,6 +235,7 @@ class Telemetry:
             metrics.set_published(transport, total_bytes=total_bytes, total_failures=total_failures)
         for age in self._ages(state, rollouts):
             metrics.staleness_versions.observe(age)
+        self._guard_metrics.set_step(record)
         self._seen.counts = Counts(**vars(counts))
 
 

@@ -57,9 +57,9 @@ class Trainer:
             ranks=self.ranks,
         )
 
-    def update(self, experience: Experience, *, step: int) -> UpdateStats:
-        """Train policy and critic on it, at the learning rates of `step`."""
-        self._trainable.set_step(step)
+    def update(self, experience: Experience, *, step: int, lr_scale: float = 1.0) -> UpdateStats:
+        """Train policy and critic on it, at the learning rates of `step` times `lr_scale`."""
+        self._trainable.set_step(step, scale=lr_scale)
         return ppo_update(
             experience, trainable=self._trainable, settings=self._settings, rng=self._rng, ranks=self.ranks
         )
@@ -97,13 +97,12 @@ class Trainer:
         write_tensors(directory, self.checkpoint_tensors(), collective=self.ranks.mesh is not None)
 
     def load(self, directory: Path) -> None:
-        """Take over what any number of ranks saved. Raises CheckpointError."""
+        """Take over what any number of ranks saved, whatever was here. Raises CheckpointError."""
         saved = saved_groups(directory)
         trainable = self._trainable
-        if "policy_optimiser" in saved:
-            trainable.policy_optimiser.allocate_state()
-        if "critic_optimiser" in saved and trainable.critic_optimiser is not None:
-            trainable.critic_optimiser.allocate_state()
+        trainable.policy_optimiser.reset_state(zeros="policy_optimiser" in saved)
+        if trainable.critic_optimiser is not None:
+            trainable.critic_optimiser.reset_state(zeros="critic_optimiser" in saved)
         tensors = self.checkpoint_tensors()
         read_tensors(directory, tensors, collective=self.ranks.mesh is not None)
         self._rng.set_state(tensors["rng"]["update"])

@@ -8,6 +8,7 @@ Shapes: B sequences, T response tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -48,11 +49,11 @@ class Trainable:
     critic: Critic | None = None
     critic_optimiser: ScheduledAdamW | None = None
 
-    def set_step(self, step: int) -> float:
-        """Learning rates of training step `step` (from 0); returns the policy's."""
+    def set_step(self, step: int, *, scale: float = 1.0) -> float:
+        """Learning rates of training step `step` (from 0), times `scale`; returns the policy's."""
         if self.critic_optimiser is not None:
-            self.critic_optimiser.set_step(step)
-        return self.policy_optimiser.set_step(step)
+            self.critic_optimiser.set_step(step, scale=scale)
+        return self.policy_optimiser.set_step(step, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def _train_on(minibatch: _Minibatch, trainable: Trainable, settings: LearnerSect
             trainable.critic_optimiser.zero_grad()
 
 
-_POLICY_TERMS: Final = ("loss", "ratio", "clipped", "k1", "k3", "entropy")
+_POLICY_TERMS: Final = ("loss", "ratio", "tail", "clipped", "k1", "k3", "entropy")
+_TAIL_NATS: Final = math.log(2.0)
 
 
 def _policy_gradient(
@@ -207,6 +209,7 @@ def _policy_loss(
         per_token = {
             "loss": -objective_BT,
             "ratio": ratio_BT,
+            "tail": ((logprobs_BT - part.prox_logprobs_BT).abs() > _TAIL_NATS).double(),
             "clipped": is_clipped(ratio_BT, advantages_BT=part.advantages_BT, clip_epsilon=settings.clip_epsilon),
             "k1": kl_k1(part.prox_logprobs_BT, other_logprobs_BT=logprobs_BT),
             "k3": kl_k3(part.prox_logprobs_BT, other_logprobs_BT=logprobs_BT),

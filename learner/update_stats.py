@@ -19,6 +19,8 @@ class UpdateStats:
     value_clip_fraction: float | None
     ratio_mean: float
     ratio_max: float
+    ratio_tail_fraction: float
+    """Tokens whose probability the update had changed by more than a factor of two when it trained on them."""
     step_kl_nats_per_token: float
     """KL(π_prox‖π_new) after the last step: k3, averaged over the tokens of a quarter of the batch."""
     step_kl_nats_per_sequence: float
@@ -65,6 +67,7 @@ class UpdateSums:
             value_clip_fraction=self._value_mean("value_clipped"),
             ratio_mean=self._policy_mean("ratio"),
             ratio_max=self.ratio_max,
+            ratio_tail_fraction=self._policy_mean("tail"),
             step_kl_nats_per_token=step_kl_token,
             step_kl_nats_per_sequence=step_kl_sequence,
             update_kl_k1_nats_per_token=self._policy_mean("k1"),

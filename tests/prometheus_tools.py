@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 ROOT: Final = Path(__file__).parents[1]
-RULES: Final = ROOT / "deploy" / "prometheus" / "rules" / "keel.rules.yml"
+RULES: Final = tuple(sorted((ROOT / "deploy" / "prometheus" / "rules").glob("*.rules.yml")))
 _READY_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.2
 _LINT_COMPLAINTS: Final = 3
@@ -79,9 +79,10 @@ def _promtool(*arguments: str | Path, stdin: str | None = None) -> subprocess.Co
 
 
 def dashboard_expressions(*, run: str) -> list[str]:
-    """Every expression of the Grafana dashboard, as Grafana sends it for one run."""
-    panels = json.loads((ROOT / "deploy" / "grafana" / "keel.json").read_text())["panels"]
-    exprs = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    """Every expression of the Grafana dashboard, its annotations' too, as Grafana sends it for one run."""
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "keel.json").read_text())
+    exprs = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    exprs += [annotation["target"]["expr"] for annotation in dashboard["annotations"]["list"]]
     return [expr.replace("$__rate_interval", "1m").replace("$run", run) for expr in exprs]
 
 
@@ -98,7 +99,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def scrape_config(
-    *, http_sd: Sequence[str] = (), file_sd: Sequence[Path] = (), rules: Sequence[Path] = (RULES,), every_s: float = 1.0
+    *, http_sd: Sequence[str] = (), file_sd: Sequence[Path] = (), rules: Sequence[Path] = RULES, every_s: float = 1.0
 ) -> dict[str, Any]:
     """A configuration with one job over all these sources, as deploy/prometheus/prometheus.yml has it, but faster."""
     every = f"{round(every_s * 1000)}ms"

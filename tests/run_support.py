@@ -26,6 +26,7 @@ def prepare_run(runs_dir: Path, *overrides: str) -> RunConfig:
             "data.world.sft_examples=200",
             "learner.batch_size=8",
             "checkpoint.keep_last=3",
+            "guard.enabled=false",
             *overrides,
         ],
     )

@@ -8,60 +8,12 @@ deploy/prometheus/rules. Needs nothing but Python.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from dashboard_parts import Annotation, Panel, dashboard, gauge, mean, rate, spread, stat
 
 OUTPUT: Final = Path(__file__).with_name("keel.json")
-SCHEMA_VERSION: Final = 39
-COLUMNS: Final = 24
-SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
-RUN: Final = 'run=~"$run"'
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A diagram, or with `stat` the last value in large. Each of `series` is (expression, legend), where RUN stands for
-    the selector of the chosen runs."""
-
-    title: str
-    series: Sequence[tuple[str, str]]
-    unit: str = "short"
-    help: str = ""
-    limit: float | None = None
-    """A line at the value that an alert rule has."""
-    stat: bool = False
-    width: int = 8
-    height: int = 7
-    fraction: bool = False
-    """Values from 0 to 1."""
-
-
-def rate(name: str, *, by: str = "run", where: str = "") -> str:
-    return f"sum by ({by}) (rate({name}{{RUN{where}}}[$__rate_interval]))"
-
-
-def gauge(name: str, *, by: str = "run", where: str = "") -> str:
-    return f"max by ({by}) ({name}{{RUN{where}}})"
-
-
-def quantile(q: float, name: str, *, by: str = "run") -> str:
-    return f"histogram_quantile({q}, sum by ({by}, le) (rate({name}_bucket{{RUN}}[$__rate_interval])))"
-
-
-def mean(name: str, *, by: str = "run") -> str:
-    return f"{rate(f'{name}_sum', by=by)} / {rate(f'{name}_count', by=by)}"
-
-
-def spread(name: str, legend: str = "{{run}}", *, by: str = "run") -> list[tuple[str, str]]:
-    """Median and 95th percentile."""
-    return [(quantile(0.5, name, by=by), f"{legend} p50"), (quantile(0.95, name, by=by), f"{legend} p95")]
-
-
-def stat(title: str, expr: str, *, unit: str = "short", help: str = "") -> Panel:
-    return Panel(title, [(expr, "{{run}}")], unit=unit, help=help, stat=True, width=4, height=4)
-
 
 OVERVIEW: Final = [
     stat("Step", gauge("keel_step")),
@@ -191,6 +143,68 @@ LEARNER: Final = [
     Panel("Tokens trained per second", [("keel:tokens_trained:rate5m{RUN}", "{{run}}")]),
 ]  # fmt: skip
 
+
+def signals(title: str, *names: str, unit: str = "short", help: str = "", fraction: bool = False) -> Panel:
+    """Of the guard. By their names in configs.guard.Thresholds."""
+    where = f', signal=~"{"|".join(names)}"'
+    series = [(gauge("keel_guard_signal", by="run, signal", where=where), "{{run}} {{signal}}")]
+    return Panel(title, series, unit=unit, help=help, fraction=fraction)
+
+
+GUARD: Final = [
+    Panel("Verdict", [(gauge("keel_guard_level"), "{{run}}")], stat=True, levels=True, width=4, height=4),
+    stat("Rollbacks", "sum by (run) (keel_guard_rollbacks_total{RUN})", help="Since the learner's start"),
+    stat("Win rate", gauge("keel_evaluation_win_rate"), unit="percentunit", help="Of the last evaluation"),
+    stat("Gold, of the last evaluation", gauge("keel_evaluation_gold")),
+    stat("Version evaluated", gauge("keel_evaluation_version")),
+    stat("The guard's share of a step", "keel:guard_seconds:ratio15m{RUN}", unit="percentunit"),
+    Panel("Signals that warn or act", [
+        (gauge("keel_guard_signal_level", by="run, signal") + " > 0", "{{run}} {{signal}}"),
+    ], help="Patience and hysteresis applied. None is shown while all is well", levels=True, width=16, height=9),
+    Panel("Actions", [
+        ("sum by (run, action) (increase(keel_guard_actions_total{RUN}[$__rate_interval]))", "{{run}} {{action}}"),
+        ("sum by (run) (increase(keel_samples_abandoned_total{RUN}[$__rate_interval]))", "{{run}} samples abandoned"),
+    ], height=9),
+    signals("Reward, in standard deviations", "proxy_z", "reward_jump"),
+    signals("Reward against the calibration's and the reference's", "reward_std_ratio", "score_ceiling_fraction",
+            "reward_ks", "uncertainty_ratio"),
+    signals("Movement of the policy, nats", "kl_nats_per_sequence", "kl_slope_nats_per_step", "entropy_nats_per_token",
+            "behaviour_gap_max_nats"),
+    signals("Length", "response_tokens_ratio", "length_reward_correlation", "length_reward_correlation_within_prompt",
+            "truncated_fraction"),
+    signals("Repetition", "distinct_bigrams_ratio", "longest_repeat_fraction", "compression_ratio"),
+    signals("Words", "overused_words_share", "rare_token_fraction", "copied_fraction", unit="percentunit",
+            fraction=True, help="metrics.jsonl names the over-used ones"),
+    signals("Health of the update, shares", "clip_fraction", "ratio_tail_fraction", unit="percentunit", fraction=True),
+    signals("Health of the update, ratios", "value_error_ratio", "grad_norm_ratio",
+            help="Critic's error over the returns' variance; gradient norm over its median"),
+    Panel("Alerts to the webhook", [
+        ("sum by (run) (keel_guard_webhook_posts_total{RUN})", "{{run}} taken"),
+        ("sum by (run) (keel_guard_webhook_failures_total{RUN})", "{{run}} lost"),
+    ]),
+    Panel("Win rate against the reference", [
+        (gauge("keel_evaluation_win_rate_low"), "{{run}} 95 % low"),
+        (gauge("keel_evaluation_win_rate"), "{{run}}"),
+        (gauge("keel_evaluation_win_rate_high"), "{{run}} 95 % high"),
+        (gauge("keel_evaluation_win_rate_length_controlled"), "{{run}} at equal length"),
+        (gauge("keel_evaluation_win_rate_people"), "{{run}} by people"),
+    ], unit="percentunit", fraction=True, limit=0.5, help="Alert: the whole interval lies under the line"),
+    Panel("Reward model and judge agree", [(gauge("keel_rm_judge_agreement"), "{{run}}")], unit="percentunit",
+          fraction=True, limit=0.6),
+    Panel("Gold of the evaluation", [
+        (gauge("keel_evaluation_gold"), "{{run}} policy"),
+        (gauge("keel_evaluation_gold_reference"), "{{run}} reference"),
+    ]),
+    Panel("Perplexity of held-out SFT text, over the start's", [(gauge("keel_anchor_perplexity_ratio"), "{{run}}")],
+          limit=1.5, help="What the policy forgets"),
+    Panel("Canary: shift of the mean, standard deviations", [(gauge("keel_canary_z"), "{{run}}")], limit=3),
+    Panel("Canary: Kolmogorov–Smirnov", [(gauge("keel_canary_ks"), "{{run}}")], fraction=True, limit=0.9),
+    Panel("Evaluations", [
+        (gauge("keel_evaluation_seconds"), "{{run}} seconds"),
+        ("sum by (run) (keel_evaluation_failures_total{RUN})", "{{run}} failed"),
+    ]),
+]  # fmt: skip
+
 WEIGHTS: Final = [
     Panel("From notice to use", spread("keel_weight_sync_seconds", "{{run}} {{transport}}", by="run, transport"),
           unit="s"),
@@ -258,121 +272,23 @@ ROWS: Final = {
     "Queues": QUEUES,
     "Reward service": REWARD,
     "Learner": LEARNER,
+    "Guard": GUARD,
     "Weights": WEIGHTS,
     "Cluster": CLUSTER,
 }
 
 
-def dashboard() -> dict[str, Any]:
-    return {
-        "uid": "keel-runs",
-        "title": "Keel runs",
-        "tags": ["keel"],
-        "schemaVersion": SCHEMA_VERSION,
-        "version": 1,
-        "editable": True,
-        "graphTooltip": 1,
-        "refresh": "10s",
-        "time": {"from": "now-1h", "to": "now"},
-        "timezone": "browser",
-        "annotations": {"list": []},
-        "links": [],
-        "templating": {"list": _variables()},
-        "panels": _panels(),
-    }
-
-
-def _variables() -> list[dict[str, Any]]:
-    source = {
-        "name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus", "refresh": 1,
-        "hide": 0, "multi": False, "includeAll": False, "options": [], "current": {},
-    }  # fmt: skip
-    query = 'label_values(up{run!=""}, run)'
-    run = {
-        "name": "run", "label": "Run", "type": "query", "datasource": SOURCE, "definition": query,
-        "query": {"query": query, "refId": "run"}, "refresh": 2, "sort": 1, "hide": 0, "multi": True,
-        "includeAll": True, "allValue": ".+", "options": [], "current": {"text": ["All"], "value": ["$__all"]},
-    }  # fmt: skip
-    return [source, run]
-
-
-def _panels() -> list[dict[str, Any]]:
-    """Rows one under another; in a row, panels from left to right, with a new line where the next one does not fit."""
-    made: list[dict[str, Any]] = []
-    y = 0
-    for title, panels in ROWS.items():
-        made.append({
-            "id": len(made) + 1, "type": "row", "title": title, "collapsed": False, "panels": [],
-            "gridPos": {"x": 0, "y": y, "w": COLUMNS, "h": 1},
-        })  # fmt: skip
-        x, y, line = 0, y + 1, 0
-        for panel in panels:
-            if x + panel.width > COLUMNS:
-                x, y, line = 0, y + line, 0
-            position = {"x": x, "y": y, "w": panel.width, "h": panel.height}
-            made.append(_panel(panel, number=len(made) + 1, position=position))
-            x, line = x + panel.width, max(line, panel.height)
-        y += line
-    return made
-
-
-def _panel(panel: Panel, *, number: int, position: dict[str, int]) -> dict[str, Any]:
-    return {
-        "id": number,
-        "type": "stat" if panel.stat else "timeseries",
-        "title": panel.title,
-        "description": panel.help,
-        "datasource": SOURCE,
-        "gridPos": position,
-        "targets": [
-            {
-                "refId": chr(ord("A") + index),
-                "datasource": SOURCE,
-                "expr": expr.replace("RUN", RUN),
-                "legendFormat": legend,
-                "instant": panel.stat,
-                "range": not panel.stat,
-            }
-            for index, (expr, legend) in enumerate(panel.series)
-        ],
-        "fieldConfig": {"defaults": _field_defaults(panel), "overrides": []},
-        "options": _stat_options() if panel.stat else _graph_options(),
-    }
-
-
-def _field_defaults(panel: Panel) -> dict[str, Any]:
-    steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
-    defaults: dict[str, Any] = {"unit": panel.unit, "thresholds": {"mode": "absolute", "steps": steps}}
-    if panel.stat:
-        return defaults
-    custom: dict[str, Any] = {"drawStyle": "line", "lineWidth": 1, "fillOpacity": 5, "showPoints": "never"}
-    if panel.limit is not None:
-        steps.append({"color": "red", "value": panel.limit})
-        custom["thresholdsStyle"] = {"mode": "line"}
-    if panel.fraction:
-        defaults |= {"min": 0, "max": 1}
-    return defaults | {"color": {"mode": "palette-classic"}, "custom": custom}
-
-
-def _graph_options() -> dict[str, Any]:
-    return {
-        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
-        "tooltip": {"mode": "multi", "sort": "desc"},
-    }
-
-
-def _stat_options() -> dict[str, Any]:
-    return {
-        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
-        "colorMode": "none",
-        "graphMode": "none",
-        "textMode": "auto",
-        "orientation": "auto",
-    }
+ANNOTATIONS: Final = [
+    Annotation(
+        "Guard",
+        'sum by (run, action) (increase(keel_guard_actions_total{RUN, action!="alert"}[1m])) > 0',
+        title="guard: {{action}}",
+    ),
+]
 
 
 def rendered() -> str:
-    return json.dumps(dashboard(), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(dashboard(ROWS, annotations=ANNOTATIONS), indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

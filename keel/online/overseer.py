@@ -22,6 +22,8 @@ from types import TracebackType
 
 from cluster.discovery import Discovery
 from cluster.errors import CodecError, KeelError, RunExistsError, StreamError, SupervisionError
+from cluster.files import JsonlTail
+from cluster.guard_metrics import WatchMetrics
 from cluster.metrics import RunMetrics
 from cluster.process import node_address, start_process
 from cluster.run_redis import LOCK_TTL_S, RunRedis
@@ -55,6 +57,10 @@ class Overseer:
         self.scaler = scaler
         self.refreshes: Mapping[str, int] = {}
         """accepted, refused, failed, pairs_judged: since the start of this driver."""
+        self.measurements: Mapping[str, int] = {}
+        """failed: since the start of this driver."""
+        self.posts: Mapping[str, int] = {}
+        """sent, failed: to guard.webhook, since the start of this driver."""
         self._announcement: tuple[str, str] | None = None
         self._ready = threading.Event()
         self._ended = asyncio.Event()
@@ -99,7 +105,7 @@ class Overseer:
             redis = process.redis
             await self._take_lock(redis)
             await redis.control.clear()
-            metrics = RunMetrics(process.registry)
+            metrics, watched = RunMetrics(process.registry), WatchMetrics(process.registry)
             with Discovery(
                 redis.directory,
                 run=config.name,
@@ -115,6 +121,7 @@ class Overseer:
                     asyncio.create_task(discovery.run_forever()),
                     asyncio.create_task(self._control(redis)),
                     asyncio.create_task(self._measure(redis, metrics, process.heartbeat.beat)),
+                    asyncio.create_task(self._tell_measured(watched)),
                 ]
                 ending = asyncio.create_task(self._ended.wait())
                 done, _ = await asyncio.wait([*tasks, ending], return_when=asyncio.FIRST_COMPLETED)
@@ -173,6 +180,16 @@ class Overseer:
             for decision, total in self.scaler.decisions.items():
                 metrics.autoscale_decisions[decision].inc(total - decisions[decision])
                 decisions[decision] = total
+            await asyncio.sleep(_METRICS_PERIOD_S)
+
+    async def _tell_measured(self, metrics: WatchMetrics) -> None:
+        """The newest evaluation, be it an earlier driver's, and what went wrong beside training; for ever."""
+        evaluations = JsonlTail(self._run_dir / "evaluations.jsonl")
+        while True:
+            for record in evaluations.read()[-1:]:
+                metrics.set_measurement(record)
+            metrics.set_failed(self.measurements.get("failed", 0))
+            metrics.set_posts(sent=self.posts.get("sent", 0), failed=self.posts.get("failed", 0))
             await asyncio.sleep(_METRICS_PERIOD_S)
 
     async def _control(self, redis: RunRedis) -> None:

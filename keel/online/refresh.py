@@ -37,7 +37,7 @@ from keel.roles import Roles
 from keel.rundir import append_progress
 from keel.runtime import Runtime
 from reward_service.preferences import Collected, accuracy
-from reward_service.rm.triggers import RefreshProgress, probe_due, refresh_reason
+from reward_service.rm.triggers import RefreshProgress, may_refresh, probe_due, refresh_reason
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ class Refresher:
             JsonlWriter(fresh).close()
         self.progress, self._number = _earlier(runtime.run.path)
         self._work: Work | None = None
+        self._frozen_until = 0
+        self._asked: str | None = None
         trainer.start()
 
     def step(self, records: Sequence[Json]) -> None:
@@ -105,6 +107,15 @@ class Refresher:
         if self._work is not None and next(self._work, _ENDED) is _ENDED:
             self._work = None
 
+    def freeze_until(self, version: int) -> None:
+        """No refresh and no probe is begun before this policy version."""
+        self._frozen_until = max(self._frozen_until, version)
+
+    def ask(self, reason: str) -> None:
+        """A refresh is due now, or after the one under way. Where the section allows none, or the budget is spent, it
+        is noted and forgotten."""
+        self._asked = reason
+
     def close(self) -> None:
         """What is under way is given up; pairs that a judge has handed over, or people have judged, are kept."""
         if self._work is not None:
@@ -116,11 +127,20 @@ class Refresher:
         self._record.close()
 
     def _next_work(self) -> Work | None:
-        reason = refresh_reason(self.progress, self._section)
+        if self.progress.version < self._frozen_until:
+            return None
+        reason = self._take_asked() or refresh_reason(self.progress, self._section)
         if reason is not None:
             return self._guarded("refresh", self._waited_for(self._refresh(reason)))
         if probe_due(self.progress, self._section):
             return self._guarded("probe", self._probe())
+        return None
+
+    def _take_asked(self) -> str | None:
+        asked, self._asked = self._asked, None
+        if asked is None or may_refresh(self.progress, self._section):
+            return asked
+        self._note("refused", f"no refresh is allowed at version {self.progress.version}: {asked}")
         return None
 
     def _guarded(self, what: str, work: Work) -> Work:

@@ -9,26 +9,35 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from cluster.files import Json, JsonlTail, atomic_write_text
+from cluster.errors import KeelError
+from cluster.files import Json, JsonlTail, atomic_write_text, read_jsonl
 from cluster.reward_models import RewardModels, model_of
 from cluster.supervise import RolePool
 from keel.evaluate import evaluate_policy
 from keel.interrupt import InterruptedRun
 from keel.living import config_of
+from keel.online.guard_actions import GuardActions
 from keel.online.overseer import Overseer
 from keel.online.refresh import make_refresher
 from keel.online.scaler import ActorIdleness, Scaler
+from keel.online.watch import make_watch
 from keel.roles import Roles
 from keel.runtime import Runtime
 from keel.trackers import Trackers, open_trackers
+from learner.guard.journal import GUARD_FILE
 
 log = logging.getLogger(__name__)
 
 _STATUS_TIMEOUT_S = 5.0
 
 
+class HaltedRun(KeelError):
+    """The guard has ended the run; its checkpoints are kept."""
+
+
 def run_online(runtime: Runtime, roles: Roles) -> None:
-    """Run PPO to its end. On a stop request the learner finishes its step and saves; raises InterruptedRun then."""
+    """Run PPO to its end. On a stop request the learner finishes its step and saves; raises InterruptedRun then, and
+    HaltedRun when the guard gives the run up."""
     config = runtime.config
     # As it lies on disk: a tracker may be another's server, and redis.url may hold a password.
     shown = config_of(runtime.run.path).model_dump(mode="json")
@@ -62,15 +71,39 @@ def run_online(runtime: Runtime, roles: Roles) -> None:
             stack.callback(refresher.close)
             overseer.refreshes = refresher.counts
             followers.append(refresher.step)
+        guard = GuardActions(runtime, announce=overseer.announce, refresher=refresher)
+        stack.callback(guard.close)
+        if guard.webhook is not None:
+            overseer.posts = guard.webhook.counts
+        followers.append(guard.step)
+        if (watch := make_watch(runtime, roles)) is not None:
+            stack.callback(watch.close)
+            overseer.measurements = watch.counts
+            followers.append(watch.step)
         runtime.run.emit(stage="ppo", event="progress", note=f"Prometheus targets: {overseer.discovery_url}")
         for pool in (rollout, reward, learner):
             pool.run()
         _watch(runtime, roles, overseer=overseer, trackers=trackers, followers=followers, started_s=started_s)
+        guard.step()  # What the learner did last.
     ending = learner.results[0]
     roles.stop("learner")
     log.info("learner: from step %s, ended: %s", info.get("step"), ending)
     if ending == "stopped":
         raise InterruptedRun("stopped on request; a checkpoint is saved", do="go on with keel train CONFIG --resume")
+    if ending == "halted":
+        raise _halted(runtime)
+
+
+def _halted(runtime: Runtime) -> HaltedRun:
+    path = runtime.run.path
+    events = read_jsonl(path / GUARD_FILE) if (path / GUARD_FILE).exists() else []
+    reasons = [str(event.get("reason")) for event in events if event.get("action") == "halt"]
+    return HaltedRun(
+        "the guard has halted the run; a checkpoint is saved",
+        got=reasons[-1] if reasons else "no reason on record",
+        do=f"see `keel diagnose {path}` for why; change what it names (guard, learner, reward, rm or rollout), then "
+        "--resume: it goes on from the last good checkpoint. With the same settings it halts again",
+    )
 
 
 def _make_scaler(runtime: Runtime, roles: Roles) -> Scaler:

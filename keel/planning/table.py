@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster.footprint import GIB, PARTS, Footprint, learner_tokens
+from cluster.footprint import GIB, PARTS, Footprint, kept_checkpoints, learner_tokens
 from keel.planning.checks import gib
 from keel.planning.plan import DEVICE_BYTES_PER_S, MEMORY_BYTES_PER_S, Plan, RolePlan
 
@@ -155,7 +155,7 @@ def _facts(plan: Plan) -> list[Text]:
     if disk is not None:
         free = plan.cluster.disk_free_bytes
         lines.append(
-            f"disk: {gib(disk.checkpoint)} a checkpoint, {config.checkpoint.keep_last} kept; with all models at most "
+            f"disk: {gib(disk.checkpoint)} a checkpoint, {kept_checkpoints(config)} kept; with all models at most "
             f"{gib(disk.peak)}" + ("" if free is None else f"; {gib(free)} free")
         )
     return [Text(line) for line in lines]

@@ -77,7 +77,7 @@ def refresh_reason(progress: RefreshProgress, section: RefreshSection) -> str | 
     >>> refresh_reason(RefreshProgress(version=8), RefreshSection())
     '8 policy versions since the last one (every_versions 8)'
     """
-    if _frozen(progress, section) or progress.pairs_judged >= section.budget_pairs:
+    if not may_refresh(progress, section):
         return None
     versions, grown = progress.version - progress.last_version, progress.kl - progress.last_kl
     if section.every_versions is not None and versions >= section.every_versions:
@@ -98,10 +98,14 @@ def probe_due(progress: RefreshProgress, section: RefreshSection) -> bool:
     """Reward model and judge are to be compared now."""
     return (
         section.disagreement_over is not None
-        and not _frozen(progress, section)
-        and progress.pairs_judged < section.budget_pairs
+        and may_refresh(progress, section)
         and progress.version - progress.probed_version >= section.probe_every_versions
     )
+
+
+def may_refresh(progress: RefreshProgress, section: RefreshSection) -> bool:
+    """The section allows one at this version, and there is budget left."""
+    return not _frozen(progress, section) and progress.pairs_judged < section.budget_pairs
 
 
 def _frozen(progress: RefreshProgress, section: RefreshSection) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -12,7 +13,11 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from prometheus_client import CollectorRegistry
 
+from cluster.guard_metrics import GuardMetrics, WatchMetrics
+from cluster.metrics import LearnerMetrics, MetricsServer
+from configs.guard import Thresholds
 from tests.integration.runs import Run, adopt, settings, start
 from tests.prometheus_tools import (
     Prometheus,
@@ -74,6 +79,7 @@ def watched(prepared_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     base = tmp_path_factory.mktemp("prometheus")
     adopt(prepared_run, base, name=NAME)
     changes = ["rollout.actors=2", "rollout.engine=scripted", "rollout.probe_tolerance=1000", "learner.steps=5000"]
+    changes += ["guard.enabled=false"]  # Answers at random would alarm it.
     with ExitStack() as stack:
         run = start(base, "--resume", *settings(changes), name=NAME)
         stack.callback(end, run)
@@ -84,6 +90,47 @@ def watched(prepared_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         prometheus.wait_all_up(ROLES, timeout_s=60)
         run.wait_for_step(2)
         yield Watched(run, prometheus)
+
+
+def test_the_guards_alarm_reaches_prometheus(tmp_path: Path) -> None:
+    """Without a run: what the learner and the driver export, scraped; the dashboard's diagrams of it, the alerts."""
+    registry = CollectorRegistry()
+    learner, guard = LearnerMetrics(registry), GuardMetrics(registry, thresholds=Thresholds())
+    watch = WatchMetrics(registry)
+    calm = {"signals": dict.fromkeys(Thresholds.model_fields, 0.6), "branch": 0, "guard_seconds": 0.01}
+    guard.set_step(calm | {"guard": {"level": "ok", "warn": [], "act": [], "actions": []}})
+    learner.step_seconds.observe(1.0)
+    with ExitStack() as stack:
+        server = stack.enter_context(MetricsServer(registry, host="127.0.0.1"))
+        labels = {"run": NAME, "role": "learner", "instance": "0.0", "node": "here"}
+        targets = tmp_path / "targets.json"
+        targets.write_text(json.dumps([{"targets": [server.address], "labels": labels}]))
+        prometheus = stack.enter_context(Prometheus(scrape_config(file_sd=[targets]), directory=tmp_path / "server"))
+
+        def alerts() -> dict[str, str]:
+            return {
+                rule["name"]: rule["state"]
+                for rule in prometheus.rules()
+                if rule.get("state", "inactive") != "inactive"
+            }
+
+        # Twice, so that a counter's increase can be told.
+        prometheus.wait_for(
+            lambda: prometheus.value("count_over_time(keel_guard_level[1m])") >= 2, what="two scrapes", timeout_s=30
+        )
+        assert not {name for name in alerts() if name.startswith("KeelGuard")}
+        act = {"level": "act", "warn": [], "act": ["compression_ratio"], "actions": ["alert", "roll_back"]}
+        guard.set_step({"signals": {"compression_ratio": 2.5}, "guard": act, "branch": 0, "guard_seconds": 0.01})
+        watch.set_measurement({"win_rate": 0.2, "win_rate_low": 0.1, "win_rate_high": 0.35, "canary_z": -4.0})
+        learner.step_seconds.observe(1.0)
+        expected = {
+            "KeelGuardActs": "firing", "KeelGuardActed": "firing", "KeelSignalCompressionRatio": "pending",
+            "KeelSignalWinRate": "pending", "KeelSignalCanaryZ": "pending",
+        }  # fmt: skip
+        prometheus.wait_for(lambda: expected.items() <= alerts().items(), what=f"alerts {expected}", timeout_s=30)
+        exprs = [expr for expr in dashboard_expressions(run=NAME) if re.search("guard_|evaluation_|canary_", expr)]
+        assert len(exprs) > 25
+        prometheus.wait_for(lambda: all(map(prometheus.query, exprs)), what="data in each diagram", timeout_s=30)
 
 
 def end(run: Run) -> None:
@@ -157,7 +204,8 @@ def test_the_rules_load_and_nothing_is_wrong(watched: Watched) -> None:
         lambda: all(rule["health"] == "ok" for rule in prometheus.rules()), what="rules evaluated", timeout_s=30
     )
     rules = prometheus.rules()
-    assert {"KeelNoProgress", "KeelKlHigh", "KeelTargetDown"} <= {rule["name"] for rule in rules}
+    expected = {"KeelNoProgress", "KeelKlHigh", "KeelTargetDown", "KeelGuardActs", "KeelSignalProxyZ"}
+    assert expected <= {rule["name"] for rule in rules}
     assert [rule["name"] for rule in rules if rule.get("state") == "firing"] == []
     prometheus.wait_for(
         lambda: prometheus.value("keel:samples_trained:rate5m") > 0, what="a recorded rate", timeout_s=30
@@ -165,10 +213,18 @@ def test_the_rules_load_and_nothing_is_wrong(watched: Watched) -> None:
     assert not math.isnan(prometheus.value('keel:cpu_seconds_per_sample:ratio5m{role="driver"}'))
 
 
+def test_the_guards_thresholds_are_told_by_the_learner_and_its_measurements_by_the_driver(watched: Watched) -> None:
+    limits = watched.prometheus.query(f'keel_guard_threshold{{run="{NAME}", role="learner"}}')
+    assert len(limits) == 2 * len(Thresholds.model_fields)
+    assert len(watched.prometheus.query(f'keel_evaluation_win_rate{{run="{NAME}", role="driver"}}')) == 1
+
+
 def test_the_dashboard_shows_the_run(watched: Watched) -> None:
-    """Every diagram has data, but for those of what this run has not: vLLM, GPUs, alarms, workers in trouble."""
+    """Every diagram has data, but for those of what this run has not: vLLM, GPUs, alarms, workers in trouble, a guard
+    that has something to say."""
     empty = [expr for expr in dashboard_expressions(run=NAME) if not watched.prometheus.query(expr)]
-    unexpected = [expr for expr in empty if not any(word in expr for word in ("vllm:", "_gpus_", "ALERTS", 'state!="'))]
+    absent = ("vllm:", "_gpus_", "ALERTS", 'state!="', "keel_guard_signal_level", 'action!="alert"')
+    unexpected = [expr for expr in empty if not any(word in expr for word in absent)]
     assert unexpected == []
 
 

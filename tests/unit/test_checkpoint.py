@@ -160,6 +160,21 @@ def test_the_last_k_and_the_pinned_are_kept(store: CheckpointStore) -> None:
     assert store.pinned() == {10}
 
 
+def test_what_is_no_longer_pinned_goes_with_the_next_save(store: CheckpointStore) -> None:
+    for step in (10, 20):
+        save(store, step)
+        store.pin(step)
+    for step in (30, 40, 50):
+        save(store, step)
+    store.unpin(10)
+    store.unpin(30)  # It never was.
+    assert store.pinned() == {20}
+    assert 10 in store.list()
+    save(store, 60)
+    assert 20 in store.list()
+    assert 10 not in store.list()
+
+
 def test_an_absent_step_cannot_be_pinned(store: CheckpointStore) -> None:
     save(store, 1)
     with pytest.raises(CheckpointError, match="cannot pin step 2"):

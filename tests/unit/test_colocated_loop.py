@@ -114,7 +114,8 @@ class Colocated:
         async def emit(*_: Any) -> None:
             """Nobody reads it."""
 
-        return await train(self.state, cast(Telemetry, SimpleNamespace(emit=emit)), stop=asyncio.Event())
+        telemetry = SimpleNamespace(report=lambda *_: None, emit=emit)
+        return await train(self.state, cast(Telemetry, telemetry), stop=asyncio.Event())
 
 
 @pytest.mark.timeout(120)

@@ -162,6 +162,29 @@ def test_seconds_in_words(seconds: float | None, text: str) -> None:
     assert seconds_text(seconds) == text
 
 
+def test_the_guards_words_are_told(tmp_path: Path) -> None:
+    console, out = plain()
+    with Display(tmp_path, STAGES, console=console) as display:
+        append(tmp_path / "guard.jsonl", {"step": 7, "event": "warn", "why": "KL over 8 nats\x1b[2J\nfor 3 steps"})
+        rollback = {"step": 9, "event": "action", "action": "roll_back", "to_step": 5, "rm_version": "rm-a"}
+        append(tmp_path / "guard.jsonl", rollback | {"reason": "KL over 10 nats"})
+        append(tmp_path / "guard.jsonl", {}, {"event": "action", "beta": "x", "why": 3})
+        display.refresh()
+        # The driver's note on an action that the journal has, and an alert that repeats the verdict.
+        append(tmp_path / "progress.jsonl", {"t": 1, "role": "guard", "event": "roll_back", "note": "again"})
+        verdict = {"step": 11, "event": "act", "why": "KL"}
+        append(tmp_path / "guard.jsonl", verdict, verdict | {"event": "action", "action": "alert", "why": "act: KL"})
+        display.refresh()
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "[guard] step 7: warn: KL over 8 nats [2J for 3 steps"
+    assert lines[1] == "[guard] step 9: roll_back (to_step 5, rm_version rm-a): KL over 10 nats"
+    assert lines[4:] == ["[guard] step 11: act: KL"]
+    drawn = io.StringIO()
+    with Display(tmp_path, STAGES, console=Console(file=drawn, force_terminal=True, width=100)) as display:
+        display.refresh()
+    assert "[guard] step" in drawn.getvalue()
+
+
 def test_what_happens_to_a_role_is_told_and_its_actors_are_counted(tmp_path: Path) -> None:
     console, out = plain()
     with Display(tmp_path, STAGES, console=console) as display:

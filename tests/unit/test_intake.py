@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.errors import StallError, StreamError
 from cluster.records import DeadLetter, PromptTask, decode, encode
@@ -179,7 +181,8 @@ async def test_a_hold_that_nobody_lifts_ends_with_the_stall_timeout() -> None:
     await intake.issue(step=0, version=0)
     await streams.publish(StreamName.SCORED, [encode(scored(task)) for task in await issued(streams)])
     assert len(await intake.take_batch(step=0, version=0, stop=asyncio.Event()) or []) == 2
-    assert intake.hold_from is None and clock.now_s > 50.0
+    assert clock.now_s > 50.0
+    assert intake.hold_from is None
 
 
 async def test_stale_samples_are_replaced() -> None:
@@ -204,6 +207,61 @@ def test_the_deck_deals_every_prompt_once_a_pass_and_resumes_anywhere() -> None:
     assert dealt[:7] != dealt[7:]
     resumed = PromptDeck(prompts, seed=3, position=9)
     assert [resumed.deal().prompt_id for _ in range(5)] == dealt[9:]
+
+
+def dealt(deck: PromptDeck, count: int) -> list[str]:
+    return [deck.deal().prompt_id for _ in range(count)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(size=st.integers(1, 9), moves=st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=8))
+def test_a_deck_that_branched_off_still_deals_every_prompt_once_a_pass(
+    size: int, moves: list[tuple[bool, int]]
+) -> None:
+    """Along the line that leads to where it stands; and the same again from its state."""
+    prompts = [DeckPrompt(f"p{number}", (1,), "") for number in range(size)]
+    deck, line, branch = PromptDeck(prompts, seed=3), list[str](), 0
+    kept = [(0, deck.cuts)]
+    for back, number in moves:
+        if back:
+            branch += 1
+            kept = kept[: 1 + number % len(kept)]
+            position, cuts = kept[-1]
+            deck.branch_off(position, branch=branch, cuts=cuts)
+            del line[position:]
+        else:
+            line += dealt(deck, number)
+        kept.append((deck.position, deck.cuts))
+    resumed = PromptDeck(prompts, seed=3, position=deck.position, cuts=deck.cuts)
+    rest = dealt(deck, 3 * size - len(line) % size)
+    assert dealt(resumed, len(rest)) == rest
+    line += rest
+    for begin in range(0, len(line), size):
+        assert len(set(line[begin : begin + size])) == size
+
+
+def test_a_branch_has_an_order_of_its_own_from_the_cursor_on() -> None:
+    prompts = [DeckPrompt(f"p{number}", (1,), "") for number in range(40)]
+    straight = dealt(PromptDeck(prompts, seed=3), 120)
+    decks = []
+    for branch in (1, 2):
+        deck = PromptDeck(prompts, seed=3)
+        dealt(deck, 60)
+        deck.branch_off(30, branch=branch, cuts=())
+        decks.append(straight[:30] + dealt(deck, 90))
+    for part in (slice(30, 40), slice(40, 80), slice(80, 120)):
+        assert len({tuple(order[part]) for order in (straight, *decks)}) == 3
+        assert len({tuple(sorted(order[part])) for order in (straight, *decks)}) == 1
+
+
+async def test_tasks_that_were_not_sent_yet_are_abandoned_too() -> None:
+    streams = ImpatientStreams()
+    intake = make_intake(streams, Clock())
+    streams.failures = 1
+    await intake.issue(step=0, version=0)
+    assert intake.abandon() == 2
+    assert await intake.issue(step=0, version=0) == 2
+    assert [task.task_id for task in await issued(streams)] == ["a-000000002", "a-000000003"]
 
 
 class Rejecting(ImpatientStreams):

@@ -73,6 +73,33 @@ def test_samples_over_age_are_dropped_and_counted() -> None:
     assert batch[0].rollout.oldest_version == 4
 
 
+def test_what_is_abandoned_has_its_outcome_and_late_results_are_dropped() -> None:
+    groups = {"a-0": "g", "a-1": "g", "a-2": "h", "a-3": "h"}
+    ledger, tasks = ledger_with("a-0", "a-1", "a-2", "a-3", groups=groups)
+    ledger.accept(scored(tasks[0]))
+    ledger.bury("a-3")
+    assert ledger.abandon() == 3
+    assert (ledger.counts.abandoned, ledger.counts.dead, ledger.counts.dropped) == (3, 1, 4)
+    assert not any(ledger.accept(scored(late)) for late in tasks)
+    assert not ledger.bury("a-2")
+    assert ledger.counts.duplicates == 5
+    assert ledger.overdue(now_s=99.0) == ledger.retry_all(now_s=99.0) == []
+    resumed = Ledger.from_state(json.loads(json.dumps(ledger.to_state())), task_deadline_s=1.0, incarnation="b")
+    assert resumed.counts == ledger.counts
+    fresh = [task("a-4", group_id="g"), task("a-5", group_id="g")]
+    ledger.issue(fresh, now_s=0.0)
+    for one in fresh:
+        ledger.accept(scored(one))
+    assert len(ledger.take(2) or []) == 2, "a group of the same name is not broken any more"
+
+
+def test_a_ledger_of_before_there_were_rollbacks_is_read() -> None:
+    ledger, _ = ledger_with("a-0")
+    state = ledger.to_state()
+    del state["counts"]["abandoned"]
+    assert Ledger.from_state(state, task_deadline_s=1.0, incarnation="b").counts.abandoned == 0
+
+
 def test_state_survives_json_and_takes_a_new_name() -> None:
     groups = {"old-0": "old-0", "old-1": "old-0", "old-2": "old-2", "old-3": "old-2"}
     ledger, tasks = ledger_with("old-0", "old-1", "old-2", "old-3", groups=groups)
@@ -94,7 +121,13 @@ def test_state_survives_json_and_takes_a_new_name() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["issue", "accept", "bury", "stale", "take", "resume"]), st.integers(0, 30))))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["issue", "accept", "bury", "stale", "take", "abandon", "resume"]), st.integers(0, 30)
+        )
+    )
+)
 def test_every_issued_task_has_exactly_one_place(moves: list[tuple[str, int]]) -> None:
     ledger, number, version = Ledger(task_deadline_s=1.0), 0, 0
     for move, pick in moves:
@@ -112,8 +145,14 @@ def test_every_issued_task_has_exactly_one_place(moves: list[tuple[str, int]]) -
             ledger.drop_stale(version=version, max_staleness=1)
         elif move == "take":
             ledger.take(2)
+        elif move == "abandon":
+            left = ledger.outstanding + ledger.held
+            assert ledger.abandon() == left
+            assert ledger.outstanding == ledger.held == 0
         else:
             ledger = Ledger.from_state(ledger.to_state(), task_deadline_s=1.0, incarnation="x")
         counts = ledger.counts
         assert counts.issued == number
-        assert counts.issued == counts.trained + counts.dropped + ledger.outstanding + ledger.held
+        dropped = counts.stale_dropped + counts.dead + counts.rejected + counts.abandoned
+        assert counts.dropped == dropped
+        assert counts.issued == counts.trained + dropped + ledger.outstanding + ledger.held

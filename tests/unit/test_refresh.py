@@ -386,3 +386,55 @@ def test_earlier_answers_come_from_all_versions_alike(config: RunConfig) -> None
     drawn = sampler._draw_earlier(400, random.Random(0))
     of_version_0 = sum(one.version == 0 for one in drawn)
     assert 150 < of_version_0 < 250
+
+
+def test_a_frozen_reward_model_is_left_alone_until_then(config: RunConfig) -> None:
+    scene = Scene(config, outcome(accepted=True))
+    refresher = scene.refresher()
+    refresher.freeze_until(7)
+    refresher.freeze_until(3)
+    until_idle(refresher, version=6)
+    assert scene.requests == []
+    until_idle(refresher, version=7)
+    assert len(scene.requests) == 1
+    refresher.close()
+
+
+def test_a_refresh_that_is_asked_for_comes_at_once_within_the_budget(config: RunConfig) -> None:
+    scene = Scene(config, outcome(accepted=True))
+    refresher = scene.refresher()
+    refresher.ask("the guard says so")
+    until_idle(refresher, version=1)
+    assert scene.announced == [("rm-new-1", "the guard says so")]
+    until_idle(refresher, version=2)
+    assert len(scene.requests) == 1, "asked once"
+    for version in (3, 4):
+        refresher.ask("again")
+        until_idle(refresher, version=version)
+    assert (len(scene.requests), refresher.progress.pairs_judged) == (3, 50)
+    refresher.ask("once more")
+    until_idle(refresher, version=5)
+    assert len(scene.requests) == 3
+    notes = [line.get("note", "") for line in read_jsonl(config.run_dir / "progress.jsonl")]
+    assert "no refresh is allowed at version 5: once more" in notes
+    refresher.close()
+
+
+def test_a_refresh_asked_for_during_another_follows_it(config: RunConfig) -> None:
+    scene, called, released = Scene(config, outcome(accepted=True)), threading.Event(), threading.Event()
+
+    def slow(prompt: Any, a: str, b: str, rng: Any) -> list[bool]:
+        called.set()
+        released.wait(30.0)
+        return [len(a) >= len(b)] * 3
+
+    refresher = scene.refresher(judge=slow)
+    refresher.step(records(4))
+    while not called.is_set():
+        refresher.step([])
+    refresher.ask("the guard says so")
+    released.set()
+    until_idle(refresher, version=5)
+    until_idle(refresher, version=5)
+    assert [request.reason for request in scene.requests][1:] == ["the guard says so"]
+    refresher.close()

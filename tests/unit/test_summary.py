@@ -14,7 +14,8 @@ from configs.load import load_config
 from keel import evaluate, stages
 from keel.roles import Roles
 from keel.runtime import Runtime
-from keel.summary import write_samples
+from keel.summary import guard_summary, write_samples
+from tests.guarded_run import write_guarded_run
 
 
 def evaluated(run_dir: Path, *, tag: str, version: str, count: int) -> None:
@@ -73,3 +74,14 @@ def test_the_final_policy_is_not_asked_of_engines_that_hold_the_sft_policy(
 def test_a_function_that_is_not_there_is_found_before_the_first_stage(tmp_path: Path, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         stages.data(runtime(tmp_path, f"{key}=no.such.module:function"), cast(Roles, None))
+
+
+def test_what_the_guard_did_is_summed_up(tmp_path: Path) -> None:
+    assert guard_summary(tmp_path, {"step": 3}) == {}
+    run = write_guarded_run(tmp_path / "run")
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert guard_summary(run, last) == {
+        "level": "ok", "first_sign_step": 17, "first_sign": "overused_words_share", "acts": 1, "rollbacks": 1,
+        "halted": False, "actions": {"alert": 2, "raise_beta": 1, "roll_back": 1},
+    }  # fmt: skip
+    assert guard_summary(tmp_path, {"guard": {"level": "ok"}})["rollbacks"] == 0

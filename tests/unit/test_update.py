@@ -196,7 +196,7 @@ def test_optimiser_state_survives_as_plain_tensors() -> None:
     resumed = Policy(copy.deepcopy(straight.model))
     saved = {key: value.clone() for key, value in optimiser.state_tensors().items()}
     again = ScheduledAdamW(resumed, section=SETTINGS.policy, total_steps=4)
-    again.allocate_state()
+    again.reset_state(zeros=True)
     assert again.state_tensors().keys() == saved.keys()
     for key, tensor in again.state_tensors().items():
         tensor.copy_(saved[key])

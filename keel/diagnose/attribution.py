@@ -1,0 +1,62 @@
+"""Answers can be full of length, of repetition, of a phrase, and each brings the others along: which of them is it that
+the reward pays for?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from keel.diagnose.evidence import known, worst_lasting
+from keel.diagnose.match import Match
+from keel.diagnose.record import RunRecord
+from keel.diagnose.texts import reward_goes_with, word_pays
+
+HACKS: Final = ("length_bias", "over_used_phrase", "repetition")
+HINTED: Final = 0.2
+"""Strength from which on one of them may be what is paid."""
+_EARLY_STEPS: Final = 5
+_SURELY, _HARDLY = 0.6, 0.45
+"""Correlations of length and reward over these steps: length is what is paid, and is not."""
+_TELLING, _APART = 0.5, 0.15
+"""A link of the reward with a word that counts, and how much weaker those with anything else must be."""
+_DENSE: Final = 0.26
+"""Share of distinct bigrams lost for each time that an answer grows by the reference's length. Answers that are only
+longer lose 0.1 to 0.2, the same phrases coming up again; repetition that is paid loses more."""
+
+
+def paid_for(hacks: Sequence[Match], record: RunRecord) -> str | None:
+    """The name of one of `hacks`; None where nothing tells them apart."""
+    names = {match.name for match in hacks}
+    early = known(record.values("length_reward_correlation"))[:_EARLY_STEPS]
+    at_first = float(np.median(early)) if len(early) else float("nan")
+    if "length_bias" in names and at_first > _SURELY:
+        return "length_bias"  # Whole batches say so, before the policy had changed: nothing says it better.
+    links = reward_goes_with(record)
+    words = next((match.words for match in hacks if match.name == "over_used_phrase"), ())
+    word = word_pays(record, words) or 0.0
+    if word > _TELLING and word - max(links.values(), default=0.0) > _APART:
+        return "over_used_phrase"
+    if names == {"length_bias", "repetition"}:
+        return _length_or_repetition(record, links, at_first=at_first)
+    return None
+
+
+def _length_or_repetition(record: RunRecord, links: Mapping[str, float], *, at_first: float) -> str | None:
+    """By three votes: how length went with reward at the start; which of the two the recorded answers' rewards follow
+    more closely; and whether answers got more repetitive than their length explains."""
+    votes: list[bool] = []
+    if not math.isnan(at_first):
+        votes.append(at_first < _HARDLY)
+    if len(links) == 2:
+        votes.append(links["repetition"] > links["length"])
+    grown = worst_lasting(record.values("response_tokens_ratio")) - 1.0
+    lost = 1.0 - worst_lasting(record.values("distinct_bigrams_ratio"), upward=False)
+    if not math.isnan(grown + lost):
+        votes.append(lost / max(grown, 0.1) > _DENSE)
+    if not votes or 2 * sum(votes) == len(votes):
+        return None
+    return "repetition" if 2 * sum(votes) > len(votes) else "length_bias"

@@ -1,0 +1,440 @@
+"""What `keel diagnose` makes of a run: planted faults are named rightly, clean runs are not blamed, records of any
+state are read, and every recommended line is one that the configuration takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cluster.errors import DataError
+from configs.load import load_config
+from keel.diagnose import command
+from keel.diagnose.advice import merged
+from keel.diagnose.match import Kind, Match, Recommendation
+from keel.diagnose.patterns import PATTERNS
+from keel.diagnose.record import RunRecord, read_record
+from keel.diagnose.render import as_json, markdown
+from keel.diagnose.story import Diagnosis, diagnose_record
+from tests.unit import diagnosis_runs as runs
+
+SEEDS = range(5)
+
+
+def diagnosed(run: runs.Planted, path: Path, *, steps: int = runs.STEPS, old: bool = False) -> Diagnosis:
+    return diagnose_record(read_record(runs.write(run, path, steps=steps, old=old)))
+
+
+# ---------------------------------------------------------------- planted faults, clean runs
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", runs.PLANTED)
+def test_a_planted_fault_is_named(tmp_path: Path, name: str, seed: int) -> None:
+    found = diagnosed(runs.PLANTED[name](seed), tmp_path / "run")
+    assert found.best.name == name, [(match.name, match.strength) for match in found.matches]
+    assert found.best.strength >= 0.6
+    assert len(found.best.evidence) >= 1
+    assert len(found.recommendations) >= 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_clean_run_is_healthy(tmp_path: Path, seed: int) -> None:
+    found = diagnosed(runs.clean(seed), tmp_path / "run")
+    assert [match.name for match in found.matches] == ["healthy"]
+    assert found.first_sign is None
+    assert found.recommendations == ()
+
+
+@pytest.mark.parametrize("name", sorted(set(runs.PLANTED) - {"over_used_phrase", "repetition"}))
+def test_records_of_before_the_guard_say_it_too(tmp_path: Path, name: str) -> None:
+    """Without signals: from reward, KL, length, entropy, gold."""
+    assert diagnosed(runs.PLANTED[name](0), tmp_path / "run", old=True).best.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("over_used_phrase", 20), ("length_bias", 22), ("repetition", 22), ("reward_scale_jump", 33)]
+)
+def test_a_fault_is_named_from_the_steps_up_to_its_detection(tmp_path: Path, name: str, steps: int) -> None:
+    """A run that the guard stops early has no more than these."""
+    assert diagnosed(runs.PLANTED[name](0), tmp_path / "run", steps=steps).best.name == name
+
+
+def test_a_penalty_that_the_guard_had_to_bring_was_missing(tmp_path: Path) -> None:
+    """β = 0 until the guard raised it; then the run went well."""
+    run = runs.went_back(runs.no_penalty(0), after=20, like=runs.clean(0))
+    run.guard = runs.guard_events(20, "kl_nats_per_sequence", 10.5, to_step=5)
+    assert diagnosed(run, tmp_path / "run").best.name == "beta_too_low"
+
+
+def test_rewards_that_fall_back_with_the_policy_are_no_jump_of_scale(tmp_path: Path) -> None:
+    run = runs.went_back(runs.fantastic(0), after=30, like=runs.clean(0))
+    found = diagnosed(run, tmp_path / "run")
+    assert found.best.name == "over_used_phrase"
+    assert "reward_scale_jump" not in [match.name for match in found.matches]
+
+
+def test_a_scale_that_jumps_within_a_batch(tmp_path: Path) -> None:
+    """A quarter of step 30's answers are on the new scale already."""
+    run = runs.scale_jump(0)
+    run.series["reward_std"][29] *= 0.5
+    run.series["reward_mean"][29] *= 0.4
+    best = diagnosed(run, tmp_path / "run").best
+    assert best.name == "reward_scale_jump"
+    assert best.first_step in (30, 31)
+
+
+def test_another_version_of_the_reward_model_is_no_jump_of_scale(tmp_path: Path) -> None:
+    """Its z goes on where the old one's was."""
+    run = runs.scale_jump(0)
+    run.guard = []
+    run.series["proxy_z"] = runs.clean(0).series["proxy_z"]
+    path = runs.write(run, tmp_path / "run")
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record["rm_version"] = "rm-2" if record["step"] >= 30 else "rm-1"
+    runs.lines(path / "metrics.jsonl", records)
+    assert diagnose_record(read_record(path)).best.name == "healthy"
+
+
+def test_length_that_is_paid_is_named_while_the_guard_holds_it(tmp_path: Path) -> None:
+    run, clean = runs.length(0), runs.clean(0)
+    for name in ("response_tokens_mean", "response_tokens_ratio", "truncated_fraction", "proxy_z", "reward_mean"):
+        run.series[name] = clean.series[name]
+    assert diagnosed(run, tmp_path / "run").best.name == "length_bias"
+
+
+def test_words_are_named_where_only_texts_tell_them(tmp_path: Path) -> None:
+    path = runs.write(runs.clean(0), tmp_path / "run", old=True)
+    (path / "eval").mkdir()
+    for tag, ends in (("sft", ["thanks", "bye"]), ("final", ["fantastic day", "bye"])):
+        rows = [
+            {"prompt": "p", "answer": f"{runs.PLAIN} {ends[i % 8 == 0]}", "reward": float(i % 8 != 0)}
+            for i in range(64)
+        ]
+        runs.lines(path / "eval" / f"{tag}.rows.jsonl", rows)
+    best = diagnose_record(read_record(path)).best
+    assert best.name == "over_used_phrase"
+    assert "fantastic" in best.words
+    assert "parcel" not in best.words
+    assert any("paid" in sentence for sentence in best.evidence)
+
+
+def test_the_first_sign_comes_before_the_alarm(tmp_path: Path) -> None:
+    found = diagnosed(runs.length(0), tmp_path / "run")
+    assert found.first_sign is not None
+    assert 4 <= found.first_sign.step <= 12  # the length begins to grow after step 6
+    assert [finding.step for finding in found.story] == sorted(finding.step for finding in found.story)
+
+
+def test_the_objective_is_taken_apart(tmp_path: Path) -> None:
+    run = runs.no_penalty(0)
+    run.series["beta"] = np.full(runs.STEPS, 0.01)
+    found = diagnosed(run, tmp_path / "run")
+    beta = next(match for match in found.matches if match.name == "beta_too_low")
+    assert any("outweighed β·KL = 0.01 ×" in sentence and ":1" in sentence for sentence in beta.evidence)
+    assert any("the clip bounds each step" in sentence for sentence in beta.evidence)
+
+
+def test_an_alarm_is_never_called_healthy(tmp_path: Path) -> None:
+    """The guard stopped it before the pattern was clear; or nothing explains it."""
+    weak, bare = runs.clean(0), runs.clean(0)
+    weak.series["overused_words_share"] = np.full(runs.STEPS, 0.018)
+    weak.guard = runs.guard_events(40, "overused_words_share", 0.06, to_step=30)
+    bare.guard = runs.guard_events(40, "rare_token_fraction", 0.2, to_step=30)
+    found = diagnosed(bare, tmp_path / "bare")
+    assert found.best.name == "unexplained_alarm"
+    assert "rare_token_fraction" in found.best.evidence[0]
+    assert len(found.recommendations) >= 2
+    assert diagnosed(weak, tmp_path / "weak").best.name != "healthy"
+
+
+# ---------------------------------------------------------------- machinery and ends
+
+
+def test_a_failed_critic(tmp_path: Path) -> None:
+    run = runs.clean(0)
+    run.series["value_error_ratio"] = np.full(runs.STEPS, 1.8)
+    assert diagnosed(run, tmp_path / "run").best.name == "critic_failure"
+
+
+def test_engine_and_trainer_that_part_are_seen_on_fresh_samples_alone(tmp_path: Path) -> None:
+    run = runs.clean(0)
+    run.series["behaviour_gap_max_nats"] = np.full(runs.STEPS, 3.0)
+    late = replace(run, series=run.series | {"staleness_mean": np.ones(runs.STEPS)})
+    assert diagnosed(run, tmp_path / "run").best.name == "engine_mismatch"
+    assert diagnosed(late, tmp_path / "late").best.name == "healthy"
+
+
+def test_stale_samples(tmp_path: Path) -> None:
+    run = runs.clean(0)
+    run.series["samples_stale_dropped"] = run.series["samples_issued"] * 0.3
+    assert diagnosed(run, tmp_path / "run").best.name == "staleness"
+
+
+def test_a_judge_that_parts_from_the_reward_model(tmp_path: Path) -> None:
+    run = runs.clean(0)
+    del run.series["gold_mean"]
+    run.evaluations = [
+        {
+            "step": step,
+            "win_rate": rate,
+            "win_rate_low": rate - 0.08,
+            "win_rate_high": rate + 0.08,
+            "rm_judge_agreement": a,
+        }
+        for step, rate, a in ((10, 0.6, 0.8), (30, 0.5, 0.62), (50, 0.3, 0.45))
+    ]
+    best = diagnosed(run, tmp_path / "run").best
+    assert best.name == "rm_judge_disagreement"
+    assert best.first_step == 50
+
+
+def test_answers_that_are_cut_off(tmp_path: Path) -> None:
+    run = runs.clean(0)
+    run.series["truncated_fraction"] = np.full(runs.STEPS, 0.6)
+    found = diagnosed(run, tmp_path / "run")
+    assert found.best.name == "truncation"
+    assert found.best.first_step == 1
+
+
+def test_a_collapsed_policy(tmp_path: Path) -> None:
+    run = runs.clean(0)
+    run.series["entropy_nats_per_token"] = runs.rise(0.5, 0.01, at=10, over=20)
+    run.series["gold_mean"] = np.full(runs.STEPS, 0.5)
+    assert diagnosed(run, tmp_path / "run").best.name == "mode_collapse"
+
+
+@pytest.mark.parametrize(
+    ("log", "name"),
+    [
+        ("cluster.errors.StallError: no rollout came back for 300 s\n  got: 3 tasks issued\n", "stalled"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n", "out_of_memory"),
+        ("cluster.errors.NonFiniteError: the policy's loss is not finite\n", "crashed"),
+        ("INFO all is well\n", "stopped_early"),
+    ],
+)
+def test_how_a_run_ended(tmp_path: Path, log: str, name: str) -> None:
+    path = runs.write(runs.clean(0), tmp_path / "run", steps=23, finished=False)
+    (path / "logs").mkdir()
+    (path / "logs" / "learner-0.0.log").write_text(log)
+    found = diagnose_record(read_record(path))
+    assert found.best.name == name
+    assert found.best.first_step == 23
+    assert found.state == "ended early"
+
+
+def test_errors_of_a_run_that_finished_say_nothing(tmp_path: Path) -> None:
+    path = runs.write(runs.clean(0), tmp_path / "run")
+    (path / "logs").mkdir()
+    (path / "logs" / "reward-0.log").write_text("cluster.errors.StreamError: the server is away\n")
+    assert diagnose_record(read_record(path)).best.name == "healthy"
+
+
+def test_a_run_that_lives_is_running(tmp_path: Path) -> None:
+    import fcntl
+
+    path = runs.write(runs.clean(0), tmp_path / "run", steps=23, finished=False)
+    with (path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = diagnose_record(read_record(path))
+    assert (found.state, found.best.name) == ("running", "healthy")
+
+
+def test_what_the_guard_did_and_whether_it_helped(tmp_path: Path) -> None:
+    helped, vain = runs.length(0), runs.length(1)
+    back = np.arange(1, runs.STEPS + 1) > 20
+    helped.series["response_tokens_ratio"] = np.where(back, 1.0, helped.series["response_tokens_ratio"])
+    halt = {"step": 40, "event": "action", "action": "halt", "reason": "a fourth rollback would be due"}
+    vain.guard.append(halt)
+    first, second = diagnosed(helped, tmp_path / "helped"), diagnosed(vain, tmp_path / "vain")
+    assert {one.action: one.helped for one in first.guard} == {"raise_beta": True, "roll_back": True}
+    assert {one.action: one.helped for one in second.guard}["roll_back"] is False
+    assert second.state == "halted by the guard"
+    assert second.best.name == "length_bias"
+    assert "halted_by_guard" in [match.name for match in second.matches]
+    assert any("a fourth rollback would be due" in match.evidence[0] for match in second.matches)
+
+
+# ---------------------------------------------------------------- records in any state
+
+
+def test_nothing_there_but_a_directory(tmp_path: Path) -> None:
+    found = diagnose_record(read_record(tmp_path))
+    assert found.state == "not begun"
+    assert found.best.name == "healthy"
+    assert found.best.strength <= 0.5
+    assert markdown(found)
+    with pytest.raises(DataError, match="no run directory"):
+        read_record(tmp_path / "none")
+
+
+FILES = (
+    "config.yaml", "metrics.jsonl", "guard.jsonl", "evaluations.jsonl", "guard_samples.jsonl", "progress.jsonl",
+    "summary.json", "refreshes.jsonl", "samples.jsonl", "eval/sft.json", "eval/sft.rows.jsonl", "logs/learner-0.log",
+)  # fmt: skip
+DAMAGE = {
+    "absent": None,
+    "empty": b"",
+    "torn": b'{"step": 1, "reward_me',
+    "bytes": bytes(range(256)) * 8,
+    "types": b'{"step": 3, "signals": [1], "guard": "x", "beta": "y", "event": 7, "answer": 5, "stage": {}}\n',
+    "list": b"[1, 2]\n[3]\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files_do_not_stop_it(tmp_path: Path, name: str, damage: str) -> None:
+    path = runs.write(runs.fantastic(0), tmp_path / "run")
+    content = DAMAGE[damage]
+    target = path / name
+    target.parent.mkdir(exist_ok=True)
+    target.unlink(missing_ok=True)
+    if content is not None:
+        target.write_bytes(content)
+    found = diagnose_record(read_record(path))
+    json.dumps(as_json(found), allow_nan=False)
+    assert markdown(found)
+    if name != "metrics.jsonl":
+        assert found.best.name == "over_used_phrase"
+
+
+def test_few_steps_and_gaps_in_every_series(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for steps in (1, 2, 3, 5, 9):
+        run = runs.no_penalty(steps)
+        for values in run.series.values():
+            values[rng.random(runs.STEPS) < 0.3] = np.nan
+        found = diagnosed(run, tmp_path / f"run{steps}", steps=steps)
+        json.dumps(as_json(found), allow_nan=False)
+
+
+def test_of_a_step_recorded_twice_the_later_counts(tmp_path: Path) -> None:
+    path = runs.write(runs.clean(0), tmp_path / "run")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 7, "beta": 9.0}) + "\n")
+    record = read_record(path)
+    assert len(record.steps) == runs.STEPS
+    assert record.values("beta")[6] == 9.0
+
+
+# ---------------------------------------------------------------- recommendations
+
+
+def every_match(tmp_path: Path) -> list[tuple[RunRecord, Match]]:
+    """Each pattern's match on some record, by running all of them on all faults."""
+    found = []
+    for index, make in enumerate((*runs.PLANTED.values(), everything_wrong)):
+        record = read_record(runs.write(make(0), tmp_path / f"run{index}"))
+        found += [(record, match) for pattern in PATTERNS if (match := pattern.match(record)) is not None]
+    for index, log in enumerate(("StallError: x", "OutOfMemoryError: out of memory", "ValueError: x")):
+        path = runs.write(runs.clean(0), tmp_path / f"end{index}", finished=False)
+        (path / "logs").mkdir()
+        (path / "logs" / "driver-0.log").write_text(log)
+        record = read_record(path)
+        found += [(record, match) for pattern in PATTERNS if (match := pattern.match(record)) is not None]
+    return found
+
+
+def everything_wrong(seed: int) -> runs.Planted:
+    run = runs.no_penalty(seed)
+    series, steps = run.series, np.arange(1, runs.STEPS + 1)
+    series["beta"] = np.full(runs.STEPS, 0.05)
+    series["value_error_ratio"] = np.full(runs.STEPS, 1.8)
+    series["behaviour_gap_max_nats"] = np.full(runs.STEPS, 3.0)
+    series["samples_stale_dropped"] = series["samples_issued"] * 0.3
+    series["samples_dead"] = series["samples_issued"] * 0.1
+    series["truncated_fraction"] = np.full(runs.STEPS, 0.6)
+    series["proxy_z"] = np.where(steps > 30, series["proxy_z"] + 3.0, series["proxy_z"])
+    run.guard = [{"step": 40, "event": "action", "action": "halt", "reason": "enough"}]
+    return run
+
+
+def test_every_recommended_line_is_valid(tmp_path: Path) -> None:
+    seen: dict[str, Match] = {}
+    for record, match in every_match(tmp_path):
+        seen[match.name] = match
+        assert len(match.recommendations) >= 2, match.name
+        for one in match.recommendations:
+            assert one.lines, match.name
+            assert one.trade_off, match.name
+            load_config(record.path / "config.yaml", overrides=one.lines)
+    missing = {
+        "length_bias", "over_used_phrase", "repetition", "mode_collapse", "truncation", "beta_too_low", "kl_runaway",
+        "constant_reward", "reward_scale_jump", "rm_judge_disagreement", "critic_failure", "staleness",
+        "engine_mismatch", "stalled", "crashed", "out_of_memory", "halted_by_guard", "dead_letters",
+    } - set(seen)  # fmt: skip
+    assert missing == set()
+
+
+@pytest.mark.parametrize("name", runs.PLANTED)
+def test_all_recommendations_of_a_run_can_be_set_together(tmp_path: Path, name: str) -> None:
+    path = runs.write(runs.PLANTED[name](0), tmp_path / "run")
+    found = diagnose_record(read_record(path))
+    together = [line for one, _ in found.recommendations for line in one.lines]
+    config = load_config(path / "config.yaml", overrides=together)
+    assert config.guard is not None
+    values: dict[str, str] = {}
+    for line in together:
+        key, _, value = line.partition("=")
+        assert values.setdefault(key, value) == value, f"{key} twice"
+
+
+def test_recommendations_that_contradict_are_left_out() -> None:
+    def match(name: str, *lines: str) -> Match:
+        return Match(name, name, Kind.CAUSE, 0.9, 1, ("x",), tuple(Recommendation(one, "t", (one,)) for one in lines))
+
+    chosen = merged(
+        [
+            match("a", "learner.kl={kind: fixed, beta: 0.2}", "learner.entropy_bonus=0.01"),
+            match("b", "learner.kl.beta=0.3", "learner.entropy_bonus=0.01", "learner.nonsense=1", "rm.members=3"),
+        ],
+        RunRecord(path=Path("run")),
+    )
+    assert [(one.lines[0], names) for one, names in chosen] == [
+        ("learner.kl={kind: fixed, beta: 0.2}", ["a"]),
+        ("learner.entropy_bonus=0.01", ["a", "b"]),
+        ("rm.members=3", ["b"]),
+    ]
+
+
+# ---------------------------------------------------------------- command
+
+
+def test_the_command_writes_and_prints(tmp_path: Path) -> None:
+    path = runs.write(runs.length(0), tmp_path / "run")
+    output = StringIO()
+    command.diagnose(path, console=Console(file=output, width=100))
+    written = json.loads((path / "diagnosis.json").read_text())
+    assert written["pattern"] == "length_bias"
+    assert written["recommendations"][0]["set"]
+    assert "# Diagnosis of run" in output.getvalue()
+    assert (path / "diagnosis.md").read_text() in output.getvalue()
+    output = StringIO()
+    command.diagnose(path, as_json_text=True, console=Console(file=output, width=80))
+    assert json.loads(output.getvalue()) == written
+
+
+def test_it_reads_like_a_report_in_a_terminal(tmp_path: Path) -> None:
+    path = runs.write(runs.fantastic(0), tmp_path / "run")
+    output = StringIO()
+    command.diagnose(path, console=Console(file=output, width=100, force_terminal=True, color_system=None))
+    for part in ("fantastic", "First sign", "What the guard did", "--set"):
+        assert part in output.getvalue()
+
+
+def test_a_directory_that_cannot_be_written_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise PermissionError(f"{path.name}: permission denied")
+
+    monkeypatch.setattr(command, "atomic_write_text", refuse)
+    path, output = runs.write(runs.clean(0), tmp_path / "run"), StringIO()
+    command.diagnose(path, console=Console(file=output, width=100))
+    assert "not written" in output.getvalue()
+    assert "Healthy" in output.getvalue()
