@@ -119,7 +119,7 @@ def inference_bytes(architecture: Architecture, *, tokens: int, sequence_tokens:
 
 
 @dataclass(frozen=True)
-class _Trained:
+class Trained:
     """One model under training."""
 
     parameters: int
@@ -133,15 +133,15 @@ def has_critic(config: RunConfig) -> bool:
     return config.learner.advantages == "gae"
 
 
-def _models(architecture: Architecture, config: RunConfig) -> list[_Trained]:
+def models_of(architecture: Architecture, config: RunConfig) -> list[Trained]:
     lora = config.learner.lora
     policy = architecture.policy_parameters
     adapter = 0 if lora is None else architecture.adapter_parameters(lora.rank, targets=lora.target_modules)
-    models = [_Trained(policy + adapter, adapter or policy, architecture.root_parameters, True)]
+    models = [Trained(policy + adapter, adapter or policy, architecture.root_parameters, True)]
     if has_critic(config):
         scorer = architecture.scorer_parameters
         root = architecture.embedding_parameters + 2 * architecture.hidden
-        models.append(_Trained(scorer, scorer, root, False))
+        models.append(Trained(scorer, scorer, root, False))
     return models
 
 
@@ -179,7 +179,7 @@ def learner_rank(architecture: Architecture, config: RunConfig, *, first: bool =
 
 
 def _learner_at_rest(architecture: Architecture, config: RunConfig) -> dict[str, int]:
-    models, ranks = _models(architecture, config), config.learner.ranks
+    models, ranks = models_of(architecture, config), config.learner.ranks
     trained = sum(model.trained for model in models)
     return {
         "weights": FLOAT32 * sum(model.parameters for model in models) // ranks,
@@ -190,17 +190,17 @@ def _learner_at_rest(architecture: Architecture, config: RunConfig) -> dict[str,
 
 def _learner_at_work(architecture: Architecture, config: RunConfig) -> dict[str, int]:
     """What comes and goes in a step, where it is most: a pass over the policy or the critic, or Adam's own copies."""
-    passes = [_pass(architecture, config, model) for model in _models(architecture, config)]
+    passes = [_pass(architecture, config, model) for model in models_of(architecture, config)]
     largest = max(passes, key=lambda parts: sum(parts.values()))
     if config.learner.on_gpu and not config.learner.optimizer_offload:
         # On a GPU, AdamW takes all parameters of a model at once and holds one more copy of them.
-        step = FLOAT32 * max(model.trained for model in _models(architecture, config)) // config.learner.ranks
+        step = FLOAT32 * max(model.trained for model in models_of(architecture, config)) // config.learner.ranks
         if step > sum(largest.values()):
             return {"working copies": step}
     return largest
 
 
-def _pass(architecture: Architecture, config: RunConfig, model: _Trained) -> dict[str, int]:
+def _pass(architecture: Architecture, config: RunConfig, model: Trained) -> dict[str, int]:
     learner = config.learner
     device = "cuda" if learner.on_gpu else "cpu"
     sharded = learner.ranks > 1 or learner.optimizer_offload
@@ -412,46 +412,3 @@ def _together(one: Footprint, processes: int) -> Footprint:
     host = {part: processes * size for part, size in one.host.items()}
     host["base"] += _PROCESS_HOST_BYTES
     return Footprint(host=host, gpu={part: processes * size for part, size in one.gpu.items()})
-
-
-# ---------------------------------------------------------------- disk
-
-
-@dataclass(frozen=True)
-class DiskUse:
-    """Bytes in the run directory. peak: everything, one checkpoint more than are kept (it is written before the oldest
-    goes), and one exported policy more for the same reason."""
-
-    checkpoint: int
-    checkpoints: int
-    models: int
-    peak: int
-
-
-def disk_use(architecture: Architecture, config: RunConfig) -> DiskUse:
-    """A checkpoint holds what is trained and its two Adam moments, in float32. Models are exported in float32; those
-    that are taken as they are keep their type, which may be smaller. Every refresh on schedule leaves a version of the
-    reward models, accepted or not."""
-    checkpoint = 3 * FLOAT32 * sum(model.trained for model in _models(architecture, config))
-    kept = kept_checkpoints(config) * checkpoint
-    exported = FLOAT32 * architecture.policy_parameters
-    initial = exported if config.model.kind == "new" else 0
-    version = (config.rm.ensemble + config.rm.discriminator) * FLOAT32 * architecture.scorer_parameters
-    offline = initial + exported + (1 + _refreshes(config)) * version * config.reward.needs_model
-    models = offline + 2 * exported  # policy/best and policy/final
-    return DiskUse(checkpoint=checkpoint, checkpoints=kept, models=models, peak=kept + checkpoint + models + exported)
-
-
-def kept_checkpoints(config: RunConfig) -> int:
-    """The newest, and those that the guard may roll back to: the good ones and the start's."""
-    guard = config.guard
-    good = guard.keep_good + 1 if guard.enabled and "roll_back" in guard.actions else 0
-    return config.checkpoint.keep_last + good
-
-
-def _refreshes(config: RunConfig) -> int:
-    """Of the reward model, that the schedule brings in a whole run."""
-    refresh = config.rm.refresh
-    if refresh is None or refresh.every_versions is None:
-        return 0
-    return config.learner.steps // refresh.every_versions

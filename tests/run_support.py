@@ -27,6 +27,7 @@ def prepare_run(runs_dir: Path, *overrides: str) -> RunConfig:
             "learner.batch_size=8",
             "checkpoint.keep_last=3",
             "guard.enabled=false",
+            "guard.actions=[alert, raise_beta, roll_back]",  # for tests that have a guard of their own
             *overrides,
         ],
     )

@@ -13,13 +13,13 @@ from cluster.footprint import (
     MIB,
     EngineFootprint,
     Footprint,
-    disk_use,
     engine,
     learner_rank,
     offline_stage,
     payload_bytes,
     reward_worker,
 )
+from cluster.footprint_disk import disk_use
 from cluster.footprint_refresh import refresh_trainer
 from configs.run import LoraSection, RefreshSection, RunConfig
 from keel.planning.placement import Assignment, NodeLoad, Process

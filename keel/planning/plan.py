@@ -14,11 +14,9 @@ from typing import Final, Literal
 from cluster.architecture import Architecture, architecture_of
 from cluster.errors import ConfigError, ModelError
 from cluster.footprint import (
-    DiskUse,
     EngineFootprint,
     Footprint,
     activation_bytes,
-    disk_use,
     engine,
     learner_precision,
     learner_rank,
@@ -27,6 +25,7 @@ from cluster.footprint import (
     payload_bytes,
     reward_worker,
 )
+from cluster.footprint_disk import DiskUse, disk_use
 from cluster.footprint_refresh import refresh_trainer, refreshes
 from configs.run import RunConfig
 from keel.planning import checks as plan_checks

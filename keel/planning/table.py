@@ -11,7 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster.footprint import GIB, PARTS, Footprint, kept_checkpoints, learner_tokens
+from cluster.footprint import GIB, PARTS, Footprint, learner_tokens
+from cluster.footprint_disk import kept_checkpoints
 from keel.planning.checks import gib
 from keel.planning.plan import DEVICE_BYTES_PER_S, MEMORY_BYTES_PER_S, Plan, RolePlan
 

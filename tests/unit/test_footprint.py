@@ -25,7 +25,6 @@ from cluster.footprint import (
     Footprint,
     Precision,
     activation_bytes,
-    disk_use,
     engine,
     layer_activation_bytes,
     learner_rank,
@@ -33,6 +32,7 @@ from cluster.footprint import (
     publishing_bytes,
     reward_worker,
 )
+from cluster.footprint_disk import disk_use
 from cluster.footprint_refresh import refresh_trainer
 from configs.load import load_config
 from configs.run import LoraSection, NewModel, PretrainedModel, RunConfig
