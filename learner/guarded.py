@@ -122,7 +122,7 @@ def make_guard(config: RunConfig, run_dir: Path, *, step: int) -> StepGuard | No
         config.guard,
         reader=_LateReader(lambda: _make_reader(config, run_dir)),
         journal=Journal(run_dir, step=step),
-        refreshes=config.rm.refresh is not None,
+        refreshes=config.rm.refresh is not None and config.reward.needs_model,
         sample_every_steps=config.checkpoint.every_steps,
     )
 
