@@ -181,7 +181,7 @@ def _healthy(record: RunRecord, weaker: Sequence[Match]) -> Match:
 
 
 def state_of(record: RunRecord) -> str:
-    if record.alive:
+    if record.alive and open_stage(record) != "report":  # While it writes its report, all else is over.
         return "running"
     if halt_of(record) is not None:
         return "halted by the guard"

@@ -246,6 +246,18 @@ def test_a_run_that_lives_is_running(tmp_path: Path) -> None:
     assert (found.state, found.best.name) == ("running", "healthy")
 
 
+def test_a_run_that_writes_its_report_is_finished(tmp_path: Path) -> None:
+    import fcntl
+    import json
+
+    path = runs.write(runs.clean(0), tmp_path / "run")
+    with (path / "progress.jsonl").open("a") as progress:
+        progress.write(json.dumps({"stage": "report", "event": "start"}) + "\n")
+    with (path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert diagnose_record(read_record(path)).state == "finished"
+
+
 def test_what_the_guard_did_and_whether_it_helped(tmp_path: Path) -> None:
     helped, vain = runs.length(0), runs.length(1)
     back = np.arange(1, runs.STEPS + 1) > 20
