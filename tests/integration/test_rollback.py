@@ -16,10 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PLUMBING = ["rollout.engine=scripted", "rollout.probe_tolerance=1000", "checkpoint.every_steps=2"]
 ALARM = [
-    # Every KL is over this one: an alarm after two steps of warm-up and two of patience, and again after a rollback.
+    # Every entropy is under this one: an alarm after two steps of warm-up and two of patience, and again after a rollback.
     "guard.enabled=true", "guard.actions=[alert,raise_beta,roll_back]",
-    "guard.thresholds.kl_nats_per_sequence={warn: -1e6, act: -1e6}", "guard.warmup_steps=2", "guard.patience_steps=2",
-    "guard.cool_down_steps=2", "guard.max_rollbacks=1", "learner.steps=40",
+    "guard.thresholds.entropy_nats_per_token={warn: 1e6, act: 1e6}", "guard.warmup_steps=2",
+    "guard.patience_steps=2", "guard.cool_down_steps=2", "guard.max_rollbacks=1", "learner.steps=40",
 ]  # fmt: skip
 
 
