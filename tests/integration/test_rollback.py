@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PLUMBING = ["rollout.engine=scripted", "rollout.probe_tolerance=1000", "checkpoint.every_steps=2"]
 ALARM = [
-    # Every entropy is under this one: an alarm after two steps of warm-up and two of patience, and again after a rollback.
+    # Every entropy is under this one: an alarm after two steps of warm-up and two of patience, and again later.
     "guard.enabled=true", "guard.actions=[alert,raise_beta,roll_back]",
     "guard.thresholds.entropy_nats_per_token={warn: 1e6, act: 1e6}", "guard.warmup_steps=2",
     "guard.patience_steps=2", "guard.cool_down_steps=2", "guard.max_rollbacks=1", "learner.steps=40",
