@@ -47,8 +47,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 class RmManifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is known of one version. Accuracies are shares of held-out pairs, with a 95 % Wilson interval.
 
-    `version` follows from the weights' bytes. `number` counts a run's versions from 1. `spread_percentiles`: of the
-    standard deviation over members on the calibration set, percentiles 0 to 100 (101 numbers), for an ensemble.
+    `version` follows from the weights' bytes. `number` counts a run's versions from 1. `member_scales`: mean
+    and standard deviation of each member's raw scores on the calibration set, and `spread_percentiles`: of the standard
+    deviation over members there, once they are on one scale, percentiles 0 to 100 (101 numbers), for an ensemble.
     `taken_from`: where members came from that were not trained here.
     """
 
@@ -66,6 +67,7 @@ class RmManifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     length_only_accuracy: float | None = None
     member_accuracies: tuple[float, ...] = ()
     calibration: Calibration | None = None
+    member_scales: tuple[tuple[float, float], ...] = ()
     spread_percentiles: tuple[float, ...] = ()
     discriminator: bool = False
     """Another model, in discriminator/, is kept out of the reward."""

@@ -49,9 +49,7 @@ def best_of(
         raise ConfigError("the best of n answers that are all the same", got="temperature 0", do="raise --temperature")
     sampler = Sampler(model_dir, seed=seed)
     stored, reward = _reward_model(model_dir, rm)
-    ensemble = Ensemble(
-        stored.member_dirs, reward=reward, tokenizer=load_tokenizer(stored.member_dirs[0]), device="cpu"
-    )
+    ensemble = Ensemble.of(stored, reward=reward, tokenizer=load_tokenizer(stored.member_dirs[0]), device="cpu")
     for prompt in prompts:
         sampled = sampler.sample(prompt, count=n, max_new_tokens=max_new_tokens, temperature=temperature)
         scores_NM = ensemble.member_scores([one.token_ids for one in sampled])

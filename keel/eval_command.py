@@ -172,7 +172,7 @@ def _rewards(
 
     stored = models.current()
     tokenizer = load_tokenizer(run_dir / "sft" / "model")  # reward models have the policy's
-    ensemble = Ensemble(stored.member_dirs, reward=config.reward, tokenizer=tokenizer, device=scoring_device(config))
+    ensemble = Ensemble.of(stored, reward=config.reward, tokenizer=tokenizer, device=scoring_device(config))
     scores_NM = ensemble.member_scores([[*prompt, *response] for prompt, response in both_sides(pairs)])
     rewards = [ensemble.aggregate(scores_M) for scores_M in scores_NM]
     now, before = rewards[::2], rewards[1::2]

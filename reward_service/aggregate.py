@@ -8,14 +8,35 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final, Literal
 
+MIN_STD: Final = 1e-6
+"""A member whose score never changes says nothing, and must not be divided by 0."""
+
+MemberScales = Sequence[tuple[float, float]]
+"""Mean and standard deviation of each member's raw scores on the calibration set. Empty: scores stay as they are."""
 Aggregation = Literal["mean", "median", "min", "mean_minus_std"]
 Uncertain = Literal["keep", "down_weight", "reject"]
 
 
+def on_one_scale(member_scores: Sequence[float], scales: MemberScales) -> list[float]:
+    """[M] raw scores with each member's own offset and scale taken out, and the members' mean scale put in.
+
+    The Bradley–Terry loss sees differences alone, so a member's scores have an arbitrary offset, and how long it was
+    fitted sets their scale: raw, members seem to disagree where they order all answers alike.
+
+    >>> on_one_scale((1.0, 12.0), [(0.0, 1.0), (10.0, 3.0)])
+    [2.0, 1.3333333333333333]
+    """
+    if not scales:
+        return list(member_scores)
+    common = math.fsum(std for _, std in scales) / len(scales)
+    pairs = zip(member_scores, scales, strict=True)
+    return [common * (score - mean) / max(std, MIN_STD) for score, (mean, std) in pairs]
+
+
 def aggregate(member_scores: Sequence[float], *, how: Aggregation = "mean", std_coefficient: float = 1.0) -> float:
-    """[M] raw scores → one. `std_coefficient`: k in mean − k·std. Raises ValueError for no members.
+    """[M] scores on one scale → one. `std_coefficient`: k in mean − k·std. Raises ValueError for no members.
 
     >>> aggregate((1.0, 3.0)), aggregate((1.0, 3.0), how="mean_minus_std", std_coefficient=0.5)
     (2.0, 1.5)

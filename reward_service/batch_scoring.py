@@ -128,7 +128,7 @@ class BatchScoring:
         does."""
         scorer = serving.scorer
         members = await self._thread.call(lambda: scorer.member_scores(batch), timeout_s=self._timeout_s)
-        return [self._rewarding.model_reward(scores_M) for scores_M in members]
+        return [self._rewarding.model_reward(scores_M, serving=serving) for scores_M in members]
 
     async def remember(self, learned: CacheUpdate) -> None:
         """Put what `score` learned into the cache."""

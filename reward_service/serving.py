@@ -18,7 +18,7 @@ from cluster.errors import ScoringError
 from cluster.records import DeadLetter, Rollout, RuleVerdict, ScoredRollout, pack_floats
 from cluster.reward_models import Calibration, StoredRm
 from configs.reward import RewardSection
-from reward_service.aggregate import aggregate, judge_spread, spread, spread_limit
+from reward_service.aggregate import MemberScales, aggregate, judge_spread, on_one_scale, spread, spread_limit
 from reward_service.rewards.sources import TextSample
 from reward_service.scorer import Scorer, Scores
 
@@ -41,6 +41,7 @@ class Serving:
     spread_percentiles: tuple[float, ...] = ()
     """As RmManifest has them; empty for a single model."""
     members: int = 0
+    member_scales: MemberScales = ()
 
     @classmethod
     def of(cls, scorer: Scorer, stored: StoredRm | None) -> Serving:
@@ -48,7 +49,7 @@ class Serving:
         if stored is None:
             return cls(scorer)
         known = stored.manifest
-        return cls(scorer, known.calibration, known.spread_percentiles, known.members)
+        return cls(scorer, known.calibration, known.spread_percentiles, known.members, known.member_scales)
 
     @property
     def version(self) -> str:
@@ -97,31 +98,32 @@ class Rewarding:
     async def outcomes(self, batch: Sequence[Measured], *, serving: Serving) -> list[Outcome]:
         """One for each of `batch`, all of whose scores are `serving`'s."""
         limit = spread_limit(serving.spread_percentiles, quantile=self._settings.uncertain_quantile)
-        drafts = [self._draft(measured, limit=limit) for measured in batch]
+        drafts = [self._draft(measured, serving=serving, limit=limit) for measured in batch]
         kept = [draft for draft in drafts if isinstance(draft, _Draft)]
         records = iter(await self._records(kept, serving=serving))
         return [next(records) if isinstance(draft, _Draft) else draft for draft in drafts]
 
-    def model_reward(self, member_scores: Sequence[float]) -> float:
-        """The reward model's own word: the members' aggregate, before other sources and rules."""
-        return aggregate(member_scores, how=self._settings.aggregation, std_coefficient=self._settings.std_coefficient)
+    def model_reward(self, member_scores: Sequence[float], *, serving: Serving) -> float:
+        """The reward model's own word for `serving`'s raw scores: their aggregate, before other sources and rules."""
+        scores_M = on_one_scale(member_scores, serving.member_scales)
+        return aggregate(scores_M, how=self._settings.aggregation, std_coefficient=self._settings.std_coefficient)
 
     async def aclose(self) -> None:
         """Close the sources. Repeatable."""
         if self._composer is not None:
             await self._composer.aclose()
 
-    def _draft(self, measured: Measured, *, limit: float | None) -> _Draft | DeadLetter:
+    def _draft(self, measured: Measured, *, serving: Serving, limit: float | None) -> _Draft | DeadLetter:
         settings, scores_M = self._settings, measured.scores.member_scores
         if not scores_M:
             return _Draft(measured, None, 0.0, 1.0)
-        spread_now = spread(scores_M)
+        spread_now = spread(on_one_scale(scores_M, serving.member_scales))
         verdict = judge_spread(spread_now, limit=limit, uncertain=settings.uncertain)
         if verdict == "reject":
             reason = f"members disagree: spread {spread_now:.3g} over {limit:.3g}"
             return DeadLetter(task=measured.rollout.task, stage="reward", reason=reason, deliveries=1, rejected=True)
         weight = settings.uncertain_weight if verdict == "down_weight" else 1.0
-        return _Draft(measured, self.model_reward(scores_M), spread_now, weight)
+        return _Draft(measured, self.model_reward(scores_M, serving=serving), spread_now, weight)
 
     async def _records(self, drafts: Sequence[_Draft], *, serving: Serving) -> list[ScoredRollout | ScoringError]:
         if not drafts:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from cluster.errors import NonFiniteError
-from cluster.reward_models import Calibration, RmManifest, version_of
+from cluster.reward_models import Calibration, RmManifest, StoredRm, version_of
 from cluster.stored_models import load_stored
 from configs.run import RewardSection, RunConfig
-from reward_service.aggregate import aggregate, spread
+from reward_service.aggregate import MemberScales, aggregate, on_one_scale, spread
 from reward_service.preferences import accuracy, length_only_accuracy, wilson_interval
 from reward_service.rm.pairs import EncodedPair, PairSets
 
@@ -99,8 +99,11 @@ class Ensemble:
         tokenizer: PreTrainedTokenizerBase,
         device: str,
         dtype: str | None = None,
+        scales: MemberScales = (),
     ) -> None:
+        """`scales`: as the version's manifest has them; a version that is being made takes its own, by take_scales."""
         dtype = dtype or reward.dtype
+        self.scales = tuple(scales)
         self._reward = reward
         self._pad_id = int(tokenizer.pad_token_id)
         self._members = [load_for_scoring(directory, dtype=dtype, device=device) for directory in member_dirs]
@@ -109,8 +112,32 @@ class Ensemble:
         )
         self._known: dict[tuple[int, ...], list[float]] = {}
 
+    @classmethod
+    def of(
+        cls, stored: StoredRm, *, reward: RewardSection, tokenizer: PreTrainedTokenizerBase, device: str
+    ) -> Ensemble:
+        """A version as it serves."""
+        return cls(
+            stored.member_dirs,
+            discriminator_dir=stored.discriminator_dir,
+            reward=reward,
+            tokenizer=tokenizer,
+            device=device,
+            scales=stored.manifest.member_scales,
+        )
+
+    def take_scales(self, pairs: Sequence[EncodedPair]) -> None:
+        """From the pairs' answers, the calibration set. A single model keeps its own scale."""
+        if len(self._members) > 1:
+            scores_NM = self._raw_scores([ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
+            scores_MN = zip(*scores_NM, strict=True)
+            self.scales = tuple((statistics.fmean(scores_N), statistics.pstdev(scores_N)) for scores_N in scores_MN)
+
     def member_scores(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """[N][M] raw scores."""
+        """[N][M] scores, on one scale."""
+        return [on_one_scale(scores_M, self.scales) for scores_M in self._raw_scores(sequences)]
+
+    def _raw_scores(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         keys = [tuple(sequence) for sequence in sequences]
         new = [key for key in dict.fromkeys(keys) if key not in self._known]
         columns = [score_sequences(model, new, pad_id=self._pad_id) for model in self._members]
@@ -179,6 +206,7 @@ def manifest_of(draft: Path, *, ensemble: Ensemble, sets: PairSets, **facts: Any
         ),
         member_accuracies=tuple(by_member),
         calibration=calibration,
+        member_scales=ensemble.scales,
         spread_percentiles=percentiles,
         discriminator=ensemble.discriminates,
         discriminator_accuracy=discriminator,

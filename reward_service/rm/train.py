@@ -149,6 +149,7 @@ def _measured(
         tokenizer=tokenizer,
         device=scoring_device(config),
     )
+    ensemble.take_scales(sets.calibration)
     cost = _precision_cost(config, draft, ensemble=ensemble, sets=sets, tokenizer=tokenizer, emit=emit)
     manifest = manifest_of(
         draft,
@@ -179,6 +180,7 @@ def _precision_cost(
     exact = Ensemble(
         _member_dirs(config, draft), reward=config.reward, tokenizer=tokenizer, device=device, dtype="float32"
     )
+    exact.take_scales(sets.calibration)
     cost = precision_cost(ensemble, exact, sets.held_out, dtype=dtype)
     emit({"stage": "rm", "precision": asdict(cost), "note": str(cost)})
     return cost

@@ -163,9 +163,10 @@ def test_calibration_is_of_the_score_that_serves(started: Path) -> None:
     tokenizer = load_tokenizer(stored.member_dirs[0])
     pairs = load_pairs(config, started, tokenizer=tokenizer).calibration
     sequences = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    scores = Ensemble(stored.member_dirs, reward=config.reward, tokenizer=tokenizer, device="cpu").member_scores(
-        sequences
-    )
+    ensemble = Ensemble.of(stored, reward=config.reward, tokenizer=tokenizer, device="cpu")
+    scores = ensemble.member_scores(sequences)
+    for member in range(2):
+        assert sum(scores_M[member] for scores_M in scores) / len(scores) == pytest.approx(0.0, abs=1e-6)
     served = [aggregate(scores_M, how="mean_minus_std", std_coefficient=2.0) for scores_M in scores]
     assert stored.manifest.calibration is not None
     assert stored.manifest.calibration.mean == pytest.approx(sum(served) / len(served), abs=1e-6)

@@ -6,7 +6,15 @@ import math
 
 import pytest
 
-from reward_service.aggregate import Aggregation, Uncertain, aggregate, judge_spread, spread, spread_limit
+from reward_service.aggregate import (
+    Aggregation,
+    Uncertain,
+    aggregate,
+    judge_spread,
+    on_one_scale,
+    spread,
+    spread_limit,
+)
 
 MEMBERS = (1.0, 2.0, 6.0)
 """Mean 3; deviations −2, −1, 3; population variance 14/3."""
@@ -25,6 +33,20 @@ def test_three_members(how: Aggregation, expected: float) -> None:
 def test_a_single_member_is_itself(how: Aggregation) -> None:
     assert aggregate((2.5,), how=how) == 2.5
     assert spread((2.5,)) == 0.0
+
+
+def test_members_that_order_answers_alike_do_not_disagree_for_their_offset_and_scale() -> None:
+    """The second is the first, three times as steep and shifted: only on one scale is there nothing between them."""
+    scales = [(0.0, 1.0), (10.0, 3.0)]
+    for score in (-1.0, 0.0, 2.0):
+        members = (score, 10.0 + 3.0 * score)
+        assert spread(members) > 1.0
+        assert on_one_scale(members, scales) == pytest.approx([2.0 * score] * 2), "the mean of the scales is 2"
+
+
+def test_scores_without_scales_stay_and_a_constant_member_stays_finite() -> None:
+    assert on_one_scale((2.5,), ()) == [2.5]
+    assert on_one_scale((7.0, 1.0), [(7.0, 0.0), (0.0, 2.0)]) == [0.0, 0.5]
 
 
 def test_the_median_of_an_even_number_is_between_the_two_in_the_middle() -> None:

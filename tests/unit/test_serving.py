@@ -78,6 +78,17 @@ async def test_the_configured_aggregation_makes_the_reward() -> None:
     assert scored.member_scores == (1.0, 1.5)
 
 
+async def test_members_are_put_on_one_scale_first() -> None:
+    settings = RewardSection(aggregation="mean_minus_std")
+    scaled = Serving(ScriptedScorer(), CALIBRATION, PERCENTILES, 2, ((0.0, 1.0), (10.0, 3.0)))
+    rewarding = Rewarding(settings)
+    (scored,) = await rewarding.outcomes([measured("a", 1.0, 13.0)], serving=scaled)
+    assert isinstance(scored, ScoredRollout)
+    assert (scored.reward, scored.uncertainty) == (2.0, 0.0)
+    assert scored.member_scores == (1.0, 13.0), "the record keeps what the members said"
+    assert rewarding.model_reward((1.0, 13.0), serving=scaled) == 2.0
+
+
 async def test_members_that_disagree_over_the_limit_cost_weight() -> None:
     settings = RewardSection(uncertain="down_weight", uncertain_weight=0.25)
     far, near = await one(Rewarding(settings), 0.0, 2.0), await one(Rewarding(settings), 0.0, 1.0)  # 1.0, 0.5
