@@ -158,8 +158,8 @@ class RolloutActor:
     async def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float
     ) -> list[tuple[list[int], str]]:
-        """One (response ids, finish reason) for each prompt, in order: for collection and evaluation. Any failure
-        fails the call."""
+        """One (response ids, finish reason) for each prompt, in order: for collection and evaluation. While `run` runs,
+        by no older weights than are published now. Any failure fails the call."""
         engine, worker = self._parts()
         timeout_s = self._spec.config.rollout.generate_timeout_s
 
@@ -175,11 +175,13 @@ class RolloutActor:
             worker.meter.beat()
             return generation.response_ids.tolist(), generation.finish_reason
 
+        await self._catch_up()
         return await self._directly([answer(prompt) for prompt in prompts])
 
     async def response_nats(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, int]]:
         """(−Σ log p, count) of the response's tokens, for each (prompt ids, response ids), at temperature 1 under the
-        weights that the engine has. What would fill the model's context is cut. Any failure fails the call."""
+        weights that the engine has, while `run` runs no older ones than are published now. What would fill the model's
+        context is cut. Any failure fails the call."""
         engine, worker = self._parts()
         longest = self._spec.config.max_sequence_tokens - 1  # an engine samples a token after what it reads
 
@@ -193,7 +195,13 @@ class RolloutActor:
             known = logprobs[max(len(prompt) - 1, 0) :]
             return -float(known.astype(np.float64).sum()), len(known)
 
+        await self._catch_up()
         return await self._directly([read(prompt, response) for prompt, response in sequences])
+
+    async def _catch_up(self) -> None:
+        """An actor that has just taken another's place holds the weights that it booted with."""
+        if self._running:
+            await self.sync_to_newest(timeout_s=self._spec.config.rollout.generate_timeout_s)
 
     async def _directly(self, calls: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
         """Their results, in order; the first failure ends the others and is raised."""

@@ -126,6 +126,15 @@ def write_atomically(path: Path, payload: bytes) -> None:
         ) from error
 
 
+def read_training_pairs(path: Path, *, run_dir: Path) -> list[PreferencePair]:
+    """All pairs of a canonical file but those about prompts that the run keeps for evaluation: people compare the
+    policies' answers to these too. Raises DataError as read_rows."""
+    pairs, held_out = read_rows(path, PreferencePair), data_dir(run_dir) / EVAL_PROMPTS_FILE
+    records = read_rows(held_out, PromptRecord) if held_out.is_file() else []
+    kept = {stable_prompt_id(record.prompt) for record in records}
+    return [pair for pair in pairs if stable_prompt_id(pair.prompt) not in kept]
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write one JSON object a line, atomically."""
     write_atomically(path, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))

@@ -22,8 +22,8 @@ class DiskUse:
 
 def disk_use(architecture: Architecture, config: RunConfig) -> DiskUse:
     """A checkpoint holds what is trained and its two Adam moments, in float32. Models are exported in float32; those
-    that are taken as they are keep their type, which may be smaller. Every refresh on schedule leaves a version of the
-    reward models, accepted or not."""
+    that are taken as they are keep their type, which may be smaller. Every refresh on schedule is taken to leave a
+    version of the reward models; of those refused, only the last few keep their weights."""
     checkpoint = 3 * FLOAT32 * sum(model.trained for model in models_of(architecture, config))
     kept = kept_checkpoints(config) * checkpoint
     exported = FLOAT32 * architecture.policy_parameters

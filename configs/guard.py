@@ -54,7 +54,7 @@ class Thresholds(Section):
     learned well comes down to a quarter."""
     score_ceiling_fraction: Above = Above(warn=0.10)
     """Share of answers over `guard.ceiling` on the 0–1 scale."""
-    reward_ks: Above = Above(warn=0.9)
+    reward_ks: Above = Above(warn=0.95)
     """Kolmogorov–Smirnov distance of the rewards from the reference's."""
     uncertainty_ratio: Above = Above(warn=2.0, act=4.0)
     """Spread between the members of an ensemble over that on the reference's answers."""
@@ -107,7 +107,7 @@ class Thresholds(Section):
     rm_judge_agreement: Below = Below(warn=0.6, act=0.5)
     anchor_perplexity_ratio: Above = Above(warn=1.5, act=3.0)
     """Perplexity of held-out SFT text over that before training: what the policy forgets."""
-    canary_ks: Above = Above(warn=0.9)
+    canary_ks: Above = Above(warn=0.95)
     canary_z: Above = Above(warn=3.0)
     """Shift of the mean reward on the fixed prompts, in standard deviations of the baseline."""
 

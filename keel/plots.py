@@ -92,6 +92,7 @@ def chart_svg(chart: Chart, data: ChartData, *, small: bool = False) -> str | No
     if not curves and other is None:
         return None
     figure, axes = empty_chart(chart.title, "step", chart.unit, size_inches=_SMALL_INCHES if small else _SIZE_INCHES)
+    axes.locator_params(axis="x", integer=True)
     handles = [
         _curve(axes, series, points, data, colour=colour)
         for colour, (series, points) in zip(_COLOURS, curves, strict=False)

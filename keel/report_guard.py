@@ -37,7 +37,9 @@ def banner(records: RunRecords) -> str:
     actions, events = records.actions, records.events
     last = guard_of_step(records.steps[-1]) if records.steps else {}
     now = level_of(last.get("level"))
-    halt = next((action for action in actions if action.get("action") == "halt"), None)
+    halt = next((action for action in reversed(actions) if action.get("action") == "halt"), None)
+    if halt is not None and records.steps and _step(records.steps[-1]) > _step(halt):
+        halt = None  # It went on, with other settings.
     went_back = [action for action in actions if action.get("action") == "roll_back"]
     first = next((event for event in events if event.get("event") in ("warn", "act")), None)
     sentences = []
@@ -65,6 +67,10 @@ def banner(records: RunRecords) -> str:
         places += ", …" if len(went_back) > _NAMED else ""
         sentences.append(f"Rollbacks: {len(went_back)} of at most {records.guard.max_rollbacks} (steps {places}).")
     return f'<div class="state {state}">{" ".join(sentences)}</div>'
+
+
+def _step(record: Json) -> float:
+    return number(record, "step") or 0.0
 
 
 def signal_strips(records: RunRecords) -> str:

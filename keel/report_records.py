@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from cluster.errors import DataError
 from cluster.files import Json, read_jsonl
@@ -15,6 +16,8 @@ from configs.guard import GuardSection
 from keel.display import RunView, number
 from keel.plots import ChartData, Rollback
 from keel.signal_levels import limits
+
+_NO_SUMMARY: Final = "summary.json is not there: the run has not finished, or its report was not asked for."
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,11 @@ def read_records(run_dir: Path, guard: GuardSection) -> RunRecords:
     steps = last_of_each_step(_lines(run_dir / "metrics.jsonl", gaps))
     if not steps:
         gaps.append("No PPO step is recorded yet: there are no curves.")
-    summary = _object(run_dir / "summary.json", gaps, absent="summary.json is not there: the run has not finished.")
+    summary = _object(
+        run_dir / "summary.json",
+        gaps,
+        absent="summary.json is not there: the run has not come to its end, or was not asked for a report.",
+    )
     samples = _lines(run_dir / "samples.jsonl", gaps)
     seconds = summary.get("stage_seconds")
     if not isinstance(seconds, dict):

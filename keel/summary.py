@@ -92,9 +92,15 @@ def guard_summary(run_dir: Path, last_step: dict[str, Any]) -> dict[str, Any]:
         "first_sign": ", ".join(alarms[0].get("signals") or ()) if alarms else None,
         "acts": sum(event["event"] == "act" for event in alarms),
         "rollbacks": actions["roll_back"],
-        "halted": actions["halt"] > 0,
+        "halted": _halted(events, last_step=int(last_step.get("step") or 0)),
         "actions": dict(actions),
     }
+
+
+def _halted(events: Sequence[dict[str, Any]], *, last_step: int) -> bool:
+    """By the guard, and not gone on since."""
+    halts = [int(event.get("step") or 0) for event in events if event.get("action") == "halt"]
+    return bool(halts) and halts[-1] >= last_step
 
 
 def _reward_models(run_dir: Path) -> dict[str, Any]:
@@ -124,5 +130,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _last_mean(steps: Sequence[dict[str, Any]], key: str) -> float | None:
-    values = [step[key] for step in steps[-_LAST_STEPS:] if key in step]
+    values = [step[key] for step in steps[-_LAST_STEPS:] if step.get(key) is not None]
     return statistics.fmean(values) if values else None

@@ -17,6 +17,8 @@ from reward_service.preferences import accuracy, wilson_interval
 
 MIN_LENGTH_CONTROLLED: Final = 20
 """Fewer judged pairs than this cannot tell length from the rest."""
+MIN_AGREEMENT: Final = 20
+"""Of fewer pairs with a winner a share says little: of five, every second fair coin says less than half."""
 _MIN_EACH_SIDE: Final = 3
 """Pairs in which the policy's answer is no longer than the reference's, and in which it is no shorter: equal length has
 to lie within what was seen."""
@@ -79,13 +81,14 @@ def length_controlled(outcomes: Sequence[float | None], length_differences: Sequ
 
 def agreement(outcomes: Sequence[float | None], reward_margins: Sequence[float]) -> float | None:
     """Share of the pairs with a winner that the reward model orders as the judge does; equal rewards are half right.
-    `reward_margins`: reward of the policy's answer less the reference's. None where no pair has a winner."""
+    `reward_margins`: reward of the policy's answer less the reference's. None with fewer than MIN_AGREEMENT of them:
+    this share is judged without an interval."""
     margins = [
         margin if won == 1.0 else -margin
         for won, margin in zip(outcomes, reward_margins, strict=True)
         if won in (0.0, 1.0)
     ]
-    return accuracy(margins) if margins else None
+    return accuracy(margins) if len(margins) >= MIN_AGREEMENT else None
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class BestPolicy:
         if not self._window or fmean(share for _, share in self._window) > KL_MARGIN:
             return
         score = fmean(score for score, _ in self._window)
-        if score <= self._best:
+        # It is not there where a learner died after a rollback had removed it, or while it was replaced.
+        if score <= self._best and (self._directory / "best").exists():
             return
         self._best = score
         self._write("best", save_model, tokenizer, {"step": step, "score_normalised": score})

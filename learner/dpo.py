@@ -23,9 +23,8 @@ from cluster.data_records import (
     FRESH_PREFERENCES_FILE,
     PREFERENCES_FILE,
     REVIEWED_PREFERENCES_FILE,
-    PreferencePair,
     data_dir,
-    read_rows,
+    read_training_pairs,
     stable_prompt_id,
     write_atomically,
 )
@@ -135,15 +134,15 @@ def start_of(config: RunConfig, run_dir: Path) -> Path:
 def encode_preferences(
     run_dir: Path, *, data: DataSection, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, EncodedPreference]]:
-    """(prompt's id, token ids) of every pair whose answers still differ when cut to data.max_response_tokens. Raises
-    DataError under two."""
+    """(prompt's id, token ids) of every pair whose answers still differ when cut to data.max_response_tokens, without
+    those about prompts that are kept for evaluation. Raises DataError under two."""
     files = (
         data_dir(run_dir) / PREFERENCES_FILE,
         data_dir(run_dir) / FRESH_PREFERENCES_FILE,
         run_dir / REVIEWED_PREFERENCES_FILE,
     )
     found: list[tuple[str, EncodedPreference]] = []
-    for pair in [pair for path in files if path.is_file() for pair in read_rows(path, PreferencePair)]:
+    for pair in [pair for path in files if path.is_file() for pair in read_training_pairs(path, run_dir=run_dir)]:
         prompt = encode_prompt(tokenizer, pair.prompt, max_tokens=data.max_prompt_tokens, long_prompt=data.long_prompt)
         if isinstance(prompt, Rejection):  # the data stage counted it
             continue

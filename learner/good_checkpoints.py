@@ -37,8 +37,10 @@ class GoodCheckpoints:
         self._set(at for at in self.steps if at != step)
 
     def restore(self, steps: Iterable[int]) -> None:
-        """Those that a resumed run's checkpoint names and that are still there. Raises CheckpointError."""
+        """Those that a resumed run's checkpoint names and that are still there; no other stays pinned, such as one
+        between whose pinning and whose unpinning a learner died. Raises CheckpointError."""
         there = set(self._store.list())
+        self.steps = tuple(self._store.pinned())
         self._set(step for step in steps if step in there)
 
     def _set(self, steps: Iterable[int]) -> None:

@@ -65,9 +65,10 @@ class StepGuard(Protocol):
 
 
 class MakeGuard(Protocol):
-    """The guard of a run whose newest checkpoint is that of `step`; None: nobody watches it."""
+    """The guard of a run whose newest checkpoint is that of `step`, after `branch` rollbacks; None: nobody watches
+    it."""
 
-    def __call__(self, config: RunConfig, run_dir: Path, *, step: int) -> StepGuard | None: ...
+    def __call__(self, config: RunConfig, run_dir: Path, *, step: int, branch: int) -> StepGuard | None: ...
 
 
 async def carry_out(decision: Decision, state: LearnerState) -> None:
@@ -111,7 +112,7 @@ def settings_digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
 
 
-def make_guard(config: RunConfig, run_dir: Path, *, step: int) -> StepGuard | None:
+def make_guard(config: RunConfig, run_dir: Path, *, step: int, branch: int = 0) -> StepGuard | None:
     """What the `guard` section asks for."""
     if not config.guard.enabled:
         return None
@@ -122,6 +123,7 @@ def make_guard(config: RunConfig, run_dir: Path, *, step: int) -> StepGuard | No
         config.guard,
         reader=_LateReader(lambda: _make_reader(config, run_dir)),
         journal=Journal(run_dir, step=step),
+        branch=branch,
         refreshes=config.rm.refresh is not None and config.reward.needs_model,
         sample_every_steps=config.checkpoint.every_steps,
     )

@@ -124,7 +124,7 @@ class LearnerState:
             state._resume(checkpoint)
             ledger = state._ledger_of(checkpoint)
             position, cuts = _cursor(checkpoint)
-        state.guard = guarded_by(config, run_dir, step=state.step)
+        state.guard = guarded_by(config, run_dir, step=state.step, branch=state.branch)
         state.deck = load_deck(config, run_dir, position=position, cuts=cuts)
         state.intake = state._make_intake(streams, ledger)
         if checkpoint is not None:
@@ -286,12 +286,15 @@ class LearnerState:
     # ------------------------------------------------------------ checkpoints
 
     def begin(self) -> None:
-        """What the guard needs before the first step: its reference; and, where it may go back, a checkpoint of the
-        start, for as long as there is no better one."""
+        """Before the first step: a checkpoint of a run that went back when it was resumed; what the guard needs, its
+        reference; and, where it may go back, a checkpoint of the start, for as long as there is no better one."""
+        if self._saved_step < 0 < self.step:
+            self.save()
         if self.guard is None:
             return
         self.guard.to_state()  # Makes the reference, which no step's time should pay for.
         if "roll_back" in self.config.guard.actions and self.step == 0 and 0 not in self.good.steps:
+            self._saved_step = -1  # One that was saved without being good does not count.
             self.save(good=True)
 
     def save_if_due(self, *, good: bool = False) -> None:
@@ -337,7 +340,12 @@ class LearnerState:
             "branch": self.branch,
             "lr_scale": self.lr_scale,
             "good_steps": self.good.to_come(self.step) if good else self.good.steps,
-            "guard": {"good": good, "settings": settings_digest(self.config), "state": guard},
+            "guard": {
+                "good": good,
+                "halted": self.halted,
+                "settings": settings_digest(self.config),
+                "state": guard,
+            },
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -363,15 +371,19 @@ class LearnerState:
 
     def _resume_guard(self, saved: dict[str, Any] | None) -> None:
         """A run that the guard halted stays so, until settings that matter for it are others: then it goes on from its
-        last good checkpoint, and the guard begins anew."""
-        if self.guard is None or saved is None or saved["state"] is None:
+        last good checkpoint, also where there is no guard any more; one that there is begins anew."""
+        if saved is None or saved["state"] is None:
             return
-        self.guard.from_state(saved["state"])
-        if self.guard.halted and saved["settings"] != settings_digest(self.config):
-            log.warning("the guard had halted this run (%s); it goes on with other settings", self.guard.halted)
+        if self.guard is not None:
+            self.guard.from_state(saved["state"])
+        if not saved.get("halted", self.halted) or saved["settings"] == settings_digest(self.config):
+            return
+        log.warning("the guard had halted this run; it goes on with other settings")
+        if self.guard is not None:
             self.guard.go_on()
-            if self.good.steps:
-                to_step = self.roll_back(self.good.steps[-1])
+        if self.good.steps:
+            to_step = self.roll_back(self.good.steps[-1])
+            if self.guard is not None:
                 facts = {"beta": self.kl.beta, "rm_version": self.scores.version, "new_version": self.version}
                 self.guard.applied(RollBack(to_step), why="resumed with other settings after a halt", **facts)
 

@@ -27,7 +27,7 @@ class ScriptedGuard:
         self.texts: list[str] = []
         self.level = "ok"
 
-    def __call__(self, config: RunConfig, run_dir: Path, *, step: int) -> ScriptedGuard:
+    def __call__(self, config: RunConfig, run_dir: Path, *, step: int, branch: int) -> ScriptedGuard:
         """In the place of make_guard."""
         self.log.append(("made", step))
         return self

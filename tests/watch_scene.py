@@ -38,12 +38,14 @@ class Scene:
     told: list[tuple[dict[str, float], int]] = field(default_factory=list)
     asked: int = 0
     ticks: int = 0
+    cancelled: list[Reference] = field(default_factory=list)
     emitted: list[dict[str, Any]] = field(default_factory=list)
 
     def runtime(self) -> Runtime:
         ray = SimpleNamespace(
             wait=lambda references, timeout, num_returns=1: (references, []) if self.ready else ([], references),
             get=lambda reference: reference.value,
+            cancel=self.cancelled.append,
             exceptions=SimpleNamespace(RayError=SystemError, RayActorError=SystemError),
         )
         run = SimpleNamespace(path=self.config.run_dir, emit=lambda **fields: self.emitted.append(fields))

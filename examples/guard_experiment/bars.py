@@ -13,12 +13,13 @@ measured is `None`, open.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from examples.guard_experiment.arms import Question
-from examples.guard_experiment.records import RunRecord
+from examples.guard_experiment.records import RunRecord, value
 
 COLLAPSE: Final = 2.0
 COLLAPSE_BY_STEP: Final = 70
@@ -71,10 +72,14 @@ def _collapses(record: RunRecord) -> Bar:
     sft, lowest = record.gold_sft, record.gold_lowest
     if sft is None or lowest is None:
         return Bar("collapses", asked, None, "gold was not measured")
-    golds = [step["gold_mean"] for step in record.steps if step["step"] <= COLLAPSE_BY_STEP and "gold_mean" in step]
-    passed = min(golds) <= sft - COLLAPSE
+    golds = [
+        gold
+        for step in record.steps
+        if step["step"] <= COLLAPSE_BY_STEP and (gold := value(step, "gold_mean")) is not None
+    ]
+    passed = min(golds, default=math.inf) <= sft - COLLAPSE
     whole = record.last_step >= COLLAPSE_BY_STEP
-    found = f"gold {min(golds):.2f} at its lowest, SFT {sft:.2f}"
+    found = f"gold {min(golds, default=math.nan):.2f} at its lowest, SFT {sft:.2f}"
     return Bar("collapses", asked, True if passed else (False if whole else None), found)
 
 

@@ -25,13 +25,14 @@ from typing import Any, Final, Self
 
 from cluster.files import atomic_directory, atomic_write_text
 from examples.guard_experiment.arms import PRESET, Arm, run_name
-from examples.guard_experiment.records import OUTCOME_FILE, lines_of, read_json, was_halted
+from examples.guard_experiment.records import OUTCOME_FILE, lines_of, read_json, value, was_halted
 
 _BASE_STAGES: Final = ("data", "sft", "collect", "rm", "evaluate")
 _SHARED: Final = ("config.yaml", "data", "init", "sft", "rm", "eval")
 _ROOT: Final = Path(__file__).parents[2]
 _TRIES: Final = 2
 _TICK_S: Final = 60.0
+_DIAGNOSE_S: Final = 120.0
 INTERRUPTED: Final = 130
 """The exit code of a run that saved and stopped when it was asked to."""
 BASE_SECONDS: Final = 260.0
@@ -112,10 +113,14 @@ def do_runs(plan: Plan, *, finished: Callable[[], object]) -> list[str]:
 
 def diagnose(plan: Plan, run_dir: Path) -> None:
     """`keel diagnose`, which writes diagnosis.json there. A failure is said, and leaves the run without a diagnosis."""
-    done = subprocess.run(
-        [sys.executable, "-m", "keel.cli", "diagnose", str(run_dir)],
-        cwd=_ROOT, capture_output=True, text=True, check=False, timeout=120.0,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "keel.cli", "diagnose", str(run_dir)],
+            cwd=_ROOT, capture_output=True, text=True, check=False, timeout=_DIAGNOSE_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        plan.say(f"keel diagnose {run_dir}: not done in {_DIAGNOSE_S:g} s")
+        return
     if done.returncode != 0:
         plan.say(f"keel diagnose {run_dir}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
 
@@ -190,9 +195,11 @@ def _standing(run_dir: Path, arm: Arm) -> str:
     if not steps:
         return "starting"
     last = steps[-1]
-    shown = [f"step {last['step']}/{arm.steps}", f"KL {last['kl_nats_per_sequence']:.1f}"]
-    if last.get("gold_mean") is not None:
-        shown.insert(1, f"gold {last['gold_mean']:.2f}")
+    shown = [f"step {last['step']}/{arm.steps}"]
+    if (gold := value(last, "gold_mean")) is not None:
+        shown.append(f"gold {gold:.2f}")
+    if (kl := value(last, "kl_nats_per_sequence")) is not None:
+        shown.append(f"KL {kl:.1f}")
     acted = [str(event["action"]) for event in lines_of(run_dir / "guard.jsonl") if event.get("action")]
     return ", ".join(shown + ([f"guard: {', '.join(dict.fromkeys(acted))}"] if acted else []))
 
@@ -206,15 +213,24 @@ def _keel_train(stages: Sequence[str], settings: Sequence[str], *, log: Path, ti
     with log.open("a") as output, _HandedOn() as interrupts:
         process = subprocess.Popen(command, cwd=_ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         interrupts.go_to(process)
-        while True:
-            try:
-                code = process.wait(timeout=_TICK_S)
-                break
-            except subprocess.TimeoutExpired:
-                tick()
+        code = _waited_for(process, tick=tick)
     if code in (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     return code
+
+
+def _waited_for(process: subprocess.Popen[bytes], *, tick: Callable[[], None]) -> int:
+    """The exit code. Whatever goes wrong here meanwhile, no run is left behind that nobody waits for."""
+    try:
+        while True:
+            try:
+                return process.wait(timeout=_TICK_S)
+            except subprocess.TimeoutExpired:
+                tick()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 class _HandedOn:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from configs.errors import ConfigError
 from configs.load import load_config
 from configs.yaml_text import dump_yaml
-from keel.diagnose.evidence import objective
+from keel.diagnose.evidence import crossing, known, objective
 from keel.diagnose.match import Match, Recommendation
 from keel.diagnose.record import RunRecord
 
@@ -93,7 +93,7 @@ def smaller_steps(record: RunRecord) -> Recommendation:
 
 
 def movement_budget(record: RunRecord) -> Recommendation:
-    total = max(5.0, 4 * good_distance(record))
+    total = _moved_before_it_was_far(record)
     lines = [f"learner.kl_budget.cumulative_nats_per_sequence={total:g}"]
     widen = record.setting("learner.kl.kind") in ("adaptive", "constrained")
     if widen:
@@ -103,6 +103,14 @@ def movement_budget(record: RunRecord) -> Recommendation:
         "The clip bounds each step, this bounds their sum; a run that still improves ends too.",
         tuple(lines),
     )
+
+
+def _moved_before_it_was_far(record: RunRecord) -> float:
+    """What the updates moved before the KL passed its threshold; four good distances where that is unknown."""
+    found = crossing(record, "kl_nats_per_sequence")
+    moved = record.values("kl_cumulative_nats_per_sequence")
+    here = known(moved[record.steps < found.first_step]) if found is not None else moved[:0]
+    return round(float(here[-1]), 1) if len(here) and here[-1] >= 1.0 else 4 * good_distance(record)
 
 
 def guard_that_acts(record: RunRecord) -> Recommendation:
@@ -158,7 +166,7 @@ def balance_length(record: RunRecord) -> Recommendation:
 
 def constitution(record: RunRecord, *, what: str) -> Recommendation:
     return Recommendation(
-        f"A hard rule against it, in a constitution: {what}",
+        f"A hard rule against it, in a constitution, rules.yaml, which you write: {what}",
         "The policy looks for the next gap; answers in which it is right are punished too.",
         ("reward.constitution=rules.yaml",),
     )

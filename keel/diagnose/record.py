@@ -39,6 +39,7 @@ class Answer:
     moment: str
     step: int
     reward: float | None = None
+    gold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def _answers(run_dir: Path, gaps: list[str], *, last_step: int, alone: bool) -> 
     for tag, moment, step in (("sft", "start", 0), ("final", "end", last_step)):
         rows = _lines(run_dir / "eval" / f"{tag}.rows.jsonl", gaps)
         found += [
-            Answer(row["answer"], moment, step, number(row, "reward") if alone else None)
+            Answer(row["answer"], moment, step, number(row, "reward") if alone else None, number(row, "gold"))
             for row in rows
             if isinstance(row.get("answer"), str)
         ]

@@ -216,8 +216,10 @@ def _story(matches: Sequence[Match], record: RunRecord) -> list[Finding]:
     if matches:
         found += _departures(record)
     hurt = harm(record)
-    if hurt.first_step is not None:
-        found.append(Finding(hurt.first_step, "; ".join(hurt.sentences)))
+    told = "; ".join(finding.text for finding in found)
+    fresh = [sentence for sentence in hurt.sentences if f": {sentence}" not in told]
+    if hurt.first_step is not None and fresh:
+        found.append(Finding(hurt.first_step, "; ".join(fresh)))
     for line in record.guard_events:
         step = number(line, "step")
         if step is None:

@@ -25,12 +25,13 @@ _MIN_ANSWERS: Final = 8
 @dataclass(frozen=True)
 class Words:
     """A word's share of answers, at the start and later. `paid`: mean reward of the later answers with it less that of
-    those without, in standard deviations; None where all or none have it."""
+    those without, in standard deviations; None where all or none have it. `gold`: the same of gold."""
 
     word: str
     before: float
     after: float
     paid: float | None
+    gold: float | None = None
 
 
 def words_of(text: str) -> list[str]:
@@ -71,18 +72,26 @@ def rising_words(record: RunRecord, *, at_most: int = 5) -> list[Words]:
         pooled = (counts[0][word] + count) / (n + m)
         error = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
         if p <= _COMMON and q - p > 0.05 and error > 0 and (q - p) / error > least:
-            found.append(Words(word, p, q, _paid(after, word)))
+            found.append(Words(word, p, q, _paid(after, word), _worth(after, word)))
     return sorted(found, key=lambda one: one.after - one.before, reverse=True)[:at_most]
 
 
 def _paid(answers: Sequence[Answer], term: str) -> float | None:
     """Mean reward with the term less without it, in standard deviations within the two groups; None without three of
     either."""
-    rewarded = [(answer.reward, _says(answer.text, term)) for answer in answers if answer.reward is not None]
-    groups = [np.array([reward for reward, has in rewarded if has is side]) for side in (True, False)]
+    return _apart([(answer.reward, _says(answer.text, term)) for answer in answers if answer.reward is not None])
+
+
+def _worth(answers: Sequence[Answer], term: str) -> float | None:
+    """As `_paid`, of gold."""
+    return _apart([(answer.gold, _says(answer.text, term)) for answer in answers if answer.gold is not None])
+
+
+def _apart(valued: Sequence[tuple[float, bool]]) -> float | None:
+    groups = [np.array([value for value, has in valued if has is side]) for side in (True, False)]
     if min(map(len, groups)) < 3:
         return None
-    within = math.sqrt(sum(len(group) * float(group.var()) for group in groups) / len(rewarded))
+    within = math.sqrt(sum(len(group) * float(group.var()) for group in groups) / len(valued))
     difference = float(groups[0].mean() - groups[1].mean())
     return difference / max(within, 1e-6 + 0.05 * abs(difference))
 

@@ -115,7 +115,7 @@ class GuardActions:
             if self._models.current().version == version:
                 return
             self._models.make_current(version)
-        except ModelError as error:
+        except (ModelError, OSError) as error:
             log.exception("the reward model of the checkpoint cannot score again")
             self._note("failed", f"the reward model stays: {error}")
             return

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +31,7 @@ from configs.run import RefreshSection
 from keel.online.fresh_pairs import FreshPair, PairSampler, fresh_files
 from keel.online.judges import PairJudge, make_judge
 from keel.online.trainer import RayTrainer, Trainer
+from keel.online.watch_asking import in_background
 from keel.roles import Roles
 from keel.rundir import append_progress
 from keel.runtime import Runtime
@@ -89,6 +88,8 @@ class Refresher:
         self._work: Work | None = None
         self._frozen_until = 0
         self._asked: str | None = None
+        self._turned = self._live = False
+        """Had a turn; and after it a step ended, so that the actors hold the run's weights, not those of their boot."""
         trainer.start()
 
     def step(self, records: Sequence[Json]) -> None:
@@ -102,7 +103,8 @@ class Refresher:
                 z=record["proxy_z"],
                 gain=self._section.plateau_gain,
             )
-        if self._work is None:
+        self._turned, self._live = True, self._live or (self._turned and bool(records))
+        if self._work is None and self._live:
             self._work = self._next_work()
         if self._work is not None and next(self._work, _ENDED) is _ENDED:
             self._work = None
@@ -171,7 +173,9 @@ class Refresher:
         started_s, begun = time.monotonic(), self.progress
         self.progress = begun.begun()
         self._number += 1
-        self._note("began", f"refresh {self._number}: {reason}")
+        granted = self._section.wait_after_versions
+        waits = "" if granted is None else f"; training waits for it from version {begun.version + granted} on"
+        self._note("began", f"refresh {self._number}: {reason}{waits}")
         collected = yield from self._judged(self._section.pairs, what="refresh")
         if len(collected.pairs) < _MIN_LABELLED:
             note = f"only {len(collected.pairs)} pairs with a clear label: {collected.report.rejected}"
@@ -181,6 +185,8 @@ class Refresher:
             return
         outcome = yield from self._train(reason, version=begun.version)
         if outcome.accepted:
+            if self._models.current().version != outcome.version:  # A rollback came just after it was published.
+                self._models.make_current(outcome.version)
             self._announced(outcome.version, reason)
         word = "accepted" if outcome.accepted else "refused"
         self.counts[word] += 1
@@ -222,7 +228,8 @@ class Refresher:
         candidates = [pair.candidate for pair in pairs]
         asked = {"number": number, "pairs_judged": self.progress.pairs_judged + len(candidates)}
         atomic_write_text(self._runtime.run.path / ASKED_FILE, json.dumps(asked))
-        job = _on_a_thread(lambda: judge.label(candidates, name=f"{what}-{number:04d}", seed=seed + 7919 * number))
+        name, seed = f"{what}-{number:04d}", seed + 7919 * number
+        job = in_background(lambda: judge.label(candidates, name=name, seed=seed), name="judge")
         timeout_s = self._section.label_timeout_s + _LABEL_GRACE_S
         until_s = time.monotonic() + timeout_s
         while not job.done():
@@ -318,20 +325,6 @@ def make_refresher(runtime: Runtime, roles: Roles, *, announced: Callable[[str, 
 
 
 _ENDED: Final = object()
-
-
-def _on_a_thread(call: Callable[[], Collected]) -> Future[Collected]:
-    """Its result to come. The thread is a daemon: the driver ends whether or not the call does."""
-    job: Future[Collected] = Future()
-
-    def work() -> None:
-        try:
-            job.set_result(call())
-        except Exception as error:  # The judge is the user's function: it may raise anything.
-            job.set_exception(error)
-
-    threading.Thread(target=work, name="judge", daemon=True).start()
-    return job
 
 
 def _earlier(run_dir: Path) -> tuple[RefreshProgress, int]:

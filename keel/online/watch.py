@@ -76,6 +76,9 @@ class Watch:
         self._measured = last_measured(runtime)
         self._now = (0, 0)
         """Step and version."""
+        self._turned = self._live = False
+        """Had a turn; and after it a step ended, so that the actors hold the run's weights. Before, where a run is
+        resumed, they hold those that they booted with."""
         self._work: Work[None] | None = None
         self._until_s = 0.0
         self._hanging: dict[str, Future[Any]] = {}
@@ -86,7 +89,8 @@ class Watch:
             self._now = records[-1]["step"], records[-1]["version"]
             # A resumed learner may stand at an earlier version than the last measurement.
             self._measured = min(self._measured, self._now[1])
-        if self._work is None and self._now[1] - self._measured >= self._section.every_versions:
+        self._turned, self._live = True, self._live or (self._turned and bool(records))
+        if self._work is None and self._live and self._now[1] - self._measured >= self._section.every_versions:
             self._measured = self._now[1]
             self._until_s = time.monotonic() + self._section.timeout_s
             self._work = self._measure(*self._now)

@@ -3,15 +3,17 @@ that may take long, on a thread of their own.
 
 Consumes: actors and reward workers. Produces: their answers. Waits: never; each method is a generator that yields while
 something is out. Who unblocks it: the roles' answers or deaths; the caller's deadline, which throws into the generator.
-Always holds: nobody is waited for on the driver's thread; an actor that died is another one's turn (keel/sampling.py).
+Always holds: nobody is waited for on the driver's thread; an actor that died is another one's turn (keel/sampling.py);
+what is given up is taken back from the roles, so that they never work on more than one measurement.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from cluster.errors import DataError
 from cluster.supervise import RolePool
@@ -46,10 +48,13 @@ class Asker:
         for start in range(0, len(prompts), _CHUNK):
             asking.ask(start, list(prompts[start : start + _CHUNK]))
         found: dict[int, Answer] = {}
-        while asking.open:
-            for start, results in asking.answered(wait_s=0.0):
-                found |= {start + offset: answer for offset, answer in enumerate(decoded(self._tokenizer, results))}
-            yield
+        try:
+            while asking.open:
+                for start, results in asking.answered(wait_s=0.0):
+                    found |= {start + offset: answer for offset, answer in enumerate(decoded(self._tokenizer, results))}
+                yield
+        finally:
+            self._take_back(asking.pending)
         return [found[position] for position in range(len(prompts))]
 
     def rewards(self, sequences: Sequences) -> Work[list[float]]:
@@ -57,8 +62,8 @@ class Asker:
         assert self._reward is not None
         while not self._reward.handles:
             yield
-        scores: list[float] = yield from self._result(self._reward.handles[0].score.remote(list(sequences)))
-        return scores
+        (scores,) = yield from self._results([self._reward.handles[0].score.remote(list(sequences))])
+        return cast("list[float]", scores)
 
     def nats_per_token(self, sequences: Sequences) -> Work[float]:
         """Mean −log p of the responses' tokens under the policy as it is now. Raises DataError for no token."""
@@ -69,18 +74,29 @@ class Asker:
             handles[number % len(handles)].response_nats.remote(list(sequences[start : start + _CHUNK]))
             for number, start in enumerate(range(0, len(sequences), _CHUNK))
         ]
-        sums: list[tuple[float, int]] = []
-        for reference in asked:
-            sums += yield from self._result(reference)
+        parts = yield from self._results(asked)
+        sums: list[tuple[float, int]] = [one for part in parts for one in part]
         tokens = sum(count for _, count in sums)
         if not tokens:
             raise DataError("the held-out texts have no token", do="look at data/sft.jsonl")
         return sum(nats for nats, _ in sums) / tokens
 
-    def _result(self, reference: Any) -> Work[Any]:
-        while not self._runtime.ray.wait([reference], timeout=0.0)[0]:
-            yield
-        return self._runtime.result(reference)
+    def _results(self, asked: Sequence[Any]) -> Work[list[Any]]:
+        found: list[Any] = []
+        try:
+            for reference in asked:
+                while not self._runtime.ray.wait([reference], timeout=0.0)[0]:
+                    yield
+                found.append(self._runtime.result(reference))
+        finally:
+            self._take_back(asked[len(found) :])
+        return found
+
+    def _take_back(self, asked: Iterable[Any]) -> None:
+        ray = self._runtime.ray
+        for reference in asked:
+            with contextlib.suppress(ray.exceptions.RayError):  # Of a process that is gone, or of Ray itself.
+                ray.cancel(reference)
 
 
 def in_background(call: Callable[[], T], *, name: str) -> Future[T]:

@@ -3,7 +3,8 @@ and what people say of such pairs, whenever they do, is a win rate of its own.
 
 Consumes: reviews.jsonl, which `keel review` writes. Produces: items of the review queue. Waits: for the queue server,
 with the client's deadline; so it is called off the driver's loop; never for people. Always holds: which of the two
-answers comes first is drawn; any pair of version 0 and a later one counts, whoever put it there.
+answers comes first is drawn; any pair of version 0 and a later one counts, whoever put it there; what is said of
+held-out prompts trains nothing (cluster.data_records.read_training_pairs).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from configs.guard import GuardSection
 from learner.guard.actions import ActionState, Circumstances, action_name, plan
 from learner.guard.journal import At, Journal, Moment, Sample
-from learner.guard.record import Action, Decision, Halt, Level, Reading, RollBack, Verdict
+from learner.guard.record import Action, Decision, Level, Reading, RollBack, Verdict
 from learner.guard.verdict import MEASURED, VerdictState, judge, over_threshold
 
 SAMPLES_SHOWN: Final = 8
@@ -56,8 +56,8 @@ class Reader(Protocol[ViewT]):
 
 
 class Guard(Generic[ViewT]):
-    """One a learner. `refreshes`: the run has a reward model that can be refreshed. `sample_every_steps`: how often
-    answers are kept while nothing happens."""
+    """One a learner. `branch`: rollbacks of the run so far. `refreshes`: it has a reward model that can be refreshed.
+    `sample_every_steps`: how often answers are kept while nothing happens."""
 
     def __init__(
         self,
@@ -65,11 +65,12 @@ class Guard(Generic[ViewT]):
         *,
         reader: Reader[ViewT],
         journal: Journal,
+        branch: int = 0,
         refreshes: bool = False,
         sample_every_steps: int = 10,
     ) -> None:
         self.section = section
-        self.branch = 0
+        self.branch = branch
         """Rollbacks that were carried out."""
         self._reader = reader
         self._journal = journal
@@ -77,7 +78,7 @@ class Guard(Generic[ViewT]):
         self._sample_every_steps = sample_every_steps
         self._verdict = VerdictState()
         self._actions = ActionState()
-        self._at = At(step=0, version=0, branch=0)
+        self._at = At(step=0, version=0, branch=branch)
         self._told: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         """What the last level event said: signals at act, at warn."""
         self._next_moment: Moment | None = "start"
@@ -174,7 +175,6 @@ class Guard(Generic[ViewT]):
             "actions": self._actions.to_state(),
             "told": [list(names) for names in self._told],
             "next_moment": self._next_moment,
-            "good": self._decision.good,
             "reader": self._reader.to_state(),
             "watched": self._watched.to_state(),
         }
@@ -190,6 +190,10 @@ class Guard(Generic[ViewT]):
         self._next_moment = saved["next_moment"]
         self._reader.from_state(saved["reader"])
         self._watched.from_state(saved["watched"])
+        if self.section.watch is None:
+            # Nothing is measured any more: what was measured last would count for ever.
+            self._verdict = self._verdict.without(MEASURED)
+            self._watched.forget()
 
     # ------------------------------------------------------------ files
 
@@ -253,9 +257,13 @@ class _Watched:
         failed = self._failed(section)
         return tuple(step for step in good_steps if not failed or step <= self._passed_step)
 
+    def forget(self) -> None:
+        """As if nothing had been measured."""
+        self.shown, self.judged = {}, {}
+
     def leave(self, *, to_step: int, version: int) -> None:
         """The branch up to `version` was left for the checkpoint of `to_step`, which had passed."""
-        self.shown, self.judged = {}, {}
+        self.forget()
         self._passed_step = to_step
         self._abandoned_version = version
 
@@ -274,11 +282,6 @@ class _Watched:
 
     def _failed(self, section: GuardSection) -> bool:
         return bool(over_threshold(self.judged, section=section))
-
-
-def halts(decision: Decision) -> str | None:
-    """Why this decision ends the run; None when it does not."""
-    return next((action.reason for action in decision.actions if isinstance(action, Halt)), None)
 
 
 def _samples(view: View) -> list[Sample]:

@@ -9,7 +9,8 @@ the reference's answers. A term is over-used where all three hold:
    sides, which says nothing about the difference). So a step raises a false alarm with a chance of at most STEP_LEVEL
    (Bonferroni), and a thousand steps expect at most a thousand times that: half an alarm. It holds for any dependence
    between steps, whose windows overlap. Answers to one prompt resemble each other: counts and sizes are divided by the
-   design effect Σx²/Σx, x being a prompt's answers with the term (after Rao & Scott 1992).
+   design effect Σx²/Σx, x being a prompt's answers with the term (after Rao & Scott 1992): within a step as counted,
+   and times the number of steps of the window that a prompt is in on average, where a run has few prompts.
 2. **It is more than getting better.** Its share of answers is at least LIFT times the reference's. A policy that learns
    to say a fitting thing whenever it fits raises its share too, but by no more than 1 / (the share of fitting answers
    in which the reference says it already): where that is at least 1/LIFT, no alarm. What a reward model pays for out
@@ -69,6 +70,7 @@ class _Step:
     answers with the term."""
 
     answers: int = 0
+    prompts: frozenset[str] = frozenset()
     counts: Counter[str] = field(default_factory=Counter)
     squares: Counter[str] = field(default_factory=Counter)
 
@@ -103,7 +105,11 @@ class Overuse:
 
     def to_state(self) -> list[dict[str, Any]]:
         return [
-            {"answers": step.answers, "terms": {term: [step.counts[term], step.squares[term]] for term in step.counts}}
+            {
+                "answers": step.answers,
+                "prompts": sorted(step.prompts),
+                "terms": {term: [step.counts[term], step.squares[term]] for term in step.counts},
+            }
             for step in self._steps
         ]
 
@@ -111,6 +117,7 @@ class Overuse:
         self._steps = deque(
             _Step(
                 answers=int(step["answers"]),
+                prompts=frozenset(step.get("prompts", ())),  # Older checkpoints do not name them.
                 counts=Counter({term: int(count) for term, (count, _) in step["terms"].items()}),
                 squares=Counter({term: int(square) for term, (_, square) in step["terms"].items()}),
             )
@@ -129,6 +136,7 @@ class Overuse:
         names = [vocabulary.term(key) for key in step.keys[risen].tolist()]
         return _Step(
             answers=step.answers,
+            prompts=frozenset(prompts),
             counts=Counter(dict(zip(names, step.counts[risen].tolist(), strict=True))),
             squares=Counter(dict(zip(names, step.squares[risen].tolist(), strict=True))),
         )
@@ -138,6 +146,8 @@ class Overuse:
         for step in self._steps:
             window.counts.update(step.counts)
             window.squares.update(step.squares)
+        different = len(frozenset[str]().union(*(step.prompts for step in self._steps)))
+        repeats = max(sum(len(step.prompts) for step in self._steps) / max(different, 1), 1.0)
         names = list(window.counts)
         earlier, earlier_squares = self._reference.of(self._vocabulary.keys(names))
         totals = np.array([window.counts[term] for term in names], dtype=np.int64)
@@ -145,14 +155,16 @@ class Overuse:
         level = STEP_LEVEL / max(self._testable + new, 1)
         lifted = totals >= LIFT * earlier * (window.answers / self._reference.answers)
         found = [
-            self._tested(names[place], window, count=int(earlier[place]), squares=int(earlier_squares[place]))
+            self._tested(
+                names[place], window, repeats=repeats, count=int(earlier[place]), squares=int(earlier_squares[place])
+            )
             for place in np.flatnonzero(lifted & (totals >= MIN_ANSWERS)).tolist()
         ]
         return _without_echoes(sorted((one for one in found if one.p <= level), key=lambda one: (-one.z, one.term)))
 
-    def _tested(self, term: str, window: _Step, *, count: int, squares: int) -> OverusedTerm:
-        """`count`, `squares`: the reference's."""
-        now, answers = _effective(window.counts[term], window.squares[term], window.answers)
+    def _tested(self, term: str, window: _Step, *, repeats: float, count: int, squares: int) -> OverusedTerm:
+        """`repeats`: steps of the window that a prompt is in. `count`, `squares`: the reference's."""
+        now, answers = _effective(window.counts[term], repeats * window.squares[term], window.answers)
         earlier, earlier_answers = _effective(count, squares, self._reference.answers)
         log_odds, error = log_odds_ratio(now, answers=answers, other=earlier, other_answers=earlier_answers)
         return OverusedTerm(
@@ -165,7 +177,7 @@ class Overuse:
         )
 
 
-def _effective(count: int, squares: int, answers: int) -> tuple[float, float]:
+def _effective(count: int, squares: float, answers: int) -> tuple[float, float]:
     """(count, answers), both divided by the term's design effect."""
     effect = max(squares / count, 1.0) if count else 1.0
     return count / effect, answers / effect

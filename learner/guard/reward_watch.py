@@ -7,6 +7,7 @@ and for another one the signals that need a baseline are absent.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class RewardView(Protocol):
 
 @dataclass(frozen=True)
 class _Start:
-    """The first step's. `version`: whose scale the rewards are on; None: in deviations of a calibration."""
+    """The first step's. `version`: whose scale the rewards are on; None: in deviations of a calibration. `spread`: 0
+    where it is not known."""
 
     version: str | None
     rewards: tuple[float, ...]
@@ -80,7 +82,9 @@ class RewardWatch:
         if not np.isfinite(rewards_B).all():
             return {}
         if view.step <= 1:
-            self._start = _Start(scale_of, tuple(rewards_B[:KEPT_REWARDS].tolist()), float(np.mean(view.spreads)))
+            spread = float(np.mean(view.spreads))
+            kept = tuple(rewards_B[:KEPT_REWARDS].tolist())
+            self._start = _Start(scale_of, kept, spread if math.isfinite(spread) else 0.0)
         baseline = self._baseline(scale_of)
         baseline_std = 1.0 if scale_of is None else float(baseline.std()) if len(baseline) else 0.0
         return {

@@ -15,7 +15,7 @@ latch is; the level is that of the worst signal.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
@@ -86,6 +86,11 @@ class VerdictState:
         }
         return cls(int(saved["steps"]), MappingProxyType(signals))
 
+    def without(self, names: Collection[str]) -> VerdictState:
+        """These signals as they were at the start."""
+        kept = {name: one for name, one in self.signals.items() if name not in names}
+        return VerdictState(self.steps, MappingProxyType(kept))
+
 
 def judge(state: VerdictState, values: Mapping[str, float], *, section: GuardSection) -> tuple[VerdictState, Verdict]:
     """The state after a step with these values, and the verdict. The first `warmup_steps` are ok and count for nothing.
@@ -94,7 +99,8 @@ def judge(state: VerdictState, values: Mapping[str, float], *, section: GuardSec
     """
     if state.steps < section.warmup_steps:
         return VerdictState(state.steps + 1, state.signals), Verdict()
-    signals = dict(state.signals)
+    # A threshold that was taken away since is nobody's any more, whether its signal is there or not.
+    signals = {name: _with_thresholds(one, _limits(section, name)) for name, one in state.signals.items()}
     for name, value in values.items():
         patience = section.patience_measurements if name in MEASURED else section.patience_steps
         signals[name] = _after(
@@ -137,6 +143,14 @@ def _verdict(state: VerdictState, values: Mapping[str, float], *, section: Guard
     level = Level.ACT if act else Level.WARN if warn else Level.OK
     why = "; ".join(describe(name, values.get(name), level=levels[name], section=section) for name in (*act, *warn))
     return Verdict(level=level, warn=warn, act=act, why=why)
+
+
+def _with_thresholds(state: SignalState, limits: Above | Below) -> SignalState:
+    """Without latches that have no threshold."""
+    return SignalState(
+        warn=Latch() if limits.warn is None else state.warn,
+        act=Latch() if limits.act is None else state.act,
+    )
 
 
 def _after(state: SignalState, value: float, *, limits: Above | Below, patience: int, hysteresis: float) -> SignalState:

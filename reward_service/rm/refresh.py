@@ -2,7 +2,8 @@
 mix of old, fresh and caught pairs, and the result takes over if it is better on the fresh and not worse on the old.
 
 Fresh pairs are held out by their prompt's place in the same order as the original ones (rm_pairs.held_out_position), so
-what was held out once stays held out, and prompts of the original held-out pairs are always among them.
+what was held out once stays held out, and prompts of the original held-out pairs are always among them. Pairs about the
+prompts of the evaluation, which people compare too, are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from cluster.data_records import PreferencePair, read_rows
+from cluster.data_records import read_training_pairs
 from cluster.hf_training import Emit, FitSettings, silence_progress_bars, torch_threads
 from cluster.reward_models import RewardModels, RmManifest, StoredRm
 from cluster.text import load_tokenizer
@@ -120,7 +121,7 @@ def refresh_rm(config: RunConfig, run_dir: Path, request: RefreshRequest, emit: 
     tokenizer = load_tokenizer(parent.member_dirs[0])
     sets = load_pairs(config, run_dir, tokenizer=tokenizer)
     known_version = -1 if parent.manifest.policy_version is None else parent.manifest.policy_version
-    fresh = _load_fresh(config, request.fresh, after_version=known_version, sets=sets, tokenizer=tokenizer)
+    fresh = _load_fresh(config, run_dir, request.fresh, after_version=known_version, sets=sets, tokenizer=tokenizer)
     mixes = _mix(config, request, settings=settings, sets=sets, fresh=fresh, parent=parent, tokenizer=tokenizer)
     emit({"role": "refresh", "event": "training", "note": _listed(mixes.counts)})
     with models.draft() as draft:
@@ -128,6 +129,7 @@ def refresh_rm(config: RunConfig, run_dir: Path, request: RefreshRequest, emit: 
         with torch_threads(settings.threads):
             before = _ensemble(config, parent.path, manifest=parent.manifest, tokenizer=tokenizer)
             after = _ensemble(config, draft, manifest=parent.manifest, tokenizer=tokenizer)
+            after.take_scales(sets.calibration)
             old, new = (_compare(before, after, pairs) for pairs in (sets.held_out, fresh.held_out))
             manifest = manifest_of(
                 draft, ensemble=after, sets=sets, number=models.next_number, parent=parent.version,
@@ -182,13 +184,13 @@ def decide(old: Comparison, fresh: Comparison, *, old_accuracy_margin: float) ->
 
 
 def _load_fresh(
-    config: RunConfig, files: Sequence[Path], *, after_version: int, sets: PairSets, tokenizer: Any
+    config: RunConfig, run_dir: Path, files: Sequence[Path], *, after_version: int, sets: PairSets, tokenizer: Any
 ) -> _Fresh:
     settings = config.rm.refresh or RefreshSection()
     original = {pair.prompt_id for pair in sets.held_out}
     fresh = _Fresh([], [], [])
     for path in files:
-        judged = read_rows(path, PreferencePair)
+        judged = read_training_pairs(path, run_dir=run_dir)
         labelled = training_labels(judged, held_out=sets.held_out_annotators)
         for pair in encode_pairs(labelled, data=config.data, tokenizer=tokenizer, judged=judged):
             position = held_out_position(pair.prompt_id, seed=config.seed)
@@ -304,13 +306,8 @@ def _silent(_event: dict[str, Any]) -> None:
 def _ensemble(config: RunConfig, directory: Path, *, manifest: RmManifest, tokenizer: Any) -> Ensemble:
     stored = StoredRm(directory, manifest)
     settings = config.rm.refresh or RefreshSection()
-    return Ensemble(
-        stored.member_dirs,
-        discriminator_dir=stored.discriminator_dir,
-        reward=config.reward,
-        tokenizer=tokenizer,
-        device=scoring_device(config) if settings.gpus > 0 else "cpu",
-    )
+    device = scoring_device(config) if settings.gpus > 0 else "cpu"
+    return Ensemble.of(stored, reward=config.reward, tokenizer=tokenizer, device=device)
 
 
 def _compare(before: Ensemble, after: Ensemble, pairs: Sequence[EncodedPair]) -> Comparison:

@@ -68,6 +68,8 @@ async def test_a_life_of_an_actor(tmp_path: Path) -> None:
 
         run = asyncio.create_task(actor.run())
         spec.channel.publish(pack(1, [("w", torch.zeros(1))]))
+        await actor.generate([[3]], max_new_tokens=6, temperature=1.0)
+        assert (await actor.status())["version"] == 1, "no answer by older weights than are published"
         assert await actor.sync_to_newest() == 1
         task = task_of_version_1()
         async with RunRedis(server.url, run="actor-test") as redis:

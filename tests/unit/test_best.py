@@ -54,6 +54,21 @@ def test_a_refreshed_reward_model_has_its_own_best(tmp_path: Path) -> None:
     assert note(tmp_path / "best")["step"] == 1
 
 
+def test_a_best_that_is_not_there_is_written_again(tmp_path: Path) -> None:
+    """A learner died between removing it, as a rollback does, and the checkpoint that would have known."""
+    best = BestPolicy(tmp_path)
+    best.observe(5.0, kl=4.0, kl_target=4.0)
+    best.save_if_better(write_model, tokenizer=TOKENIZER, step=1)
+    saved = best.to_state()
+    best.rolled_back(saved, to_step=0)
+    assert not (tmp_path / "best").exists()
+    resumed = BestPolicy(tmp_path)
+    resumed.from_state(saved)
+    resumed.observe(1.0, kl=4.0, kl_target=4.0)
+    resumed.save_if_better(write_model, tokenizer=TOKENIZER, step=2)
+    assert note(tmp_path / "best") == {"step": 2, "score_normalised": 3.0}
+
+
 def test_what_a_killed_learner_left_half_written_goes_with_the_next_save(tmp_path: Path) -> None:
     """One has the size of a model, and each new learner another process id."""
     left = [tmp_path / "best.new.tmp-1", tmp_path / "final.new.tmp-2", tmp_path / "final.new"]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.errors import DataError
 from configs.load import load_config
-from keel.diagnose import command
+from keel.diagnose import advice, command
 from keel.diagnose.advice import merged
 from keel.diagnose.match import Kind, Match, Recommendation
 from keel.diagnose.patterns import PATTERNS
@@ -70,6 +70,46 @@ def test_a_penalty_that_the_guard_had_to_bring_was_missing(tmp_path: Path) -> No
     run = runs.went_back(runs.no_penalty(0), after=20, like=runs.clean(0))
     run.guard = runs.guard_events(20, "kl_nats_per_sequence", 10.5, to_step=5)
     assert diagnosed(run, tmp_path / "run").best.name == "beta_too_low"
+
+
+@pytest.mark.parametrize(("gold", "told"), [(-1.0, True), (1.0, False)])
+def test_words_of_better_answers_are_no_fault(tmp_path: Path, gold: float, told: bool) -> None:
+    path = runs.write(runs.clean(0), tmp_path / "run", old=True)
+    (path / "eval").mkdir()
+    for tag, ends in (("sft", ["thanks", "bye"]), ("final", ["restart", "bye"])):
+        rows = [
+            {"prompt": "p", "answer": f"{runs.PLAIN} {ends[i % 8 == 0]}", "gold": gold * (i % 8 != 0) + 0.1 * (i % 3)}
+            for i in range(64)
+        ]
+        runs.lines(path / "eval" / f"{tag}.rows.jsonl", rows)
+    found = [match for match in diagnose_record(read_record(path)).matches if match.name == "over_used_phrase"]
+    assert bool(found) is told
+    assert all("less by gold" in match.evidence[0] for match in found)
+
+
+def test_rewards_that_gather_while_they_rise_are_no_jump_of_scale(tmp_path: Path) -> None:
+    """As when a policy learns fast: another scale multiplies mean and deviation alike."""
+    run = runs.clean(0)
+    run.series["reward_std"][29:] *= np.float64(0.3)
+    run.series["reward_mean"][29:] *= np.float64(1.8)
+    found = diagnosed(run, tmp_path / "run")
+    every = [*found.matches, *found.weaker]
+    assert all("went from" not in match.evidence[0] or match.strength < 0.4 for match in every), every
+
+
+def test_what_harmed_is_told_once(tmp_path: Path) -> None:
+    run = runs.clean(0)
+    run.series["gold_mean"] = np.concatenate([np.linspace(0, 2, 20), np.linspace(2, -2, runs.STEPS - 20)])
+    told = [finding.text for finding in diagnosed(run, tmp_path / "run").story if "gold fell from" in finding.text]
+    assert len(told) == 1, told
+
+
+def test_movement_is_bounded_where_the_kl_went_off(tmp_path: Path) -> None:
+    run = runs.clean(0)
+    run.series["kl_nats_per_sequence"] = np.where(np.arange(1, runs.STEPS + 1) < 30, 4.0, 20.0)
+    run.series["kl_cumulative_nats_per_sequence"] = 2.0 * np.arange(1, runs.STEPS + 1, dtype=np.float64)
+    record = read_record(runs.write(run, tmp_path / "run"))
+    assert advice.movement_budget(record).lines[0] == "learner.kl_budget.cumulative_nats_per_sequence=58"
 
 
 def test_rewards_that_fall_back_with_the_policy_are_no_jump_of_scale(tmp_path: Path) -> None:
@@ -262,7 +302,7 @@ def test_what_the_guard_did_and_whether_it_helped(tmp_path: Path) -> None:
     helped, vain = runs.length(0), runs.length(1)
     back = np.arange(1, runs.STEPS + 1) > 20
     helped.series["response_tokens_ratio"] = np.where(back, 1.0, helped.series["response_tokens_ratio"])
-    halt = {"step": 40, "event": "action", "action": "halt", "reason": "a fourth rollback would be due"}
+    halt = {"step": runs.STEPS, "event": "action", "action": "halt", "reason": "a fourth rollback would be due"}
     vain.guard.append(halt)
     first, second = diagnosed(helped, tmp_path / "helped"), diagnosed(vain, tmp_path / "vain")
     assert {one.action: one.helped for one in first.guard} == {"raise_beta": True, "roll_back": True}
@@ -271,6 +311,14 @@ def test_what_the_guard_did_and_whether_it_helped(tmp_path: Path) -> None:
     assert second.best.name == "length_bias"
     assert "halted_by_guard" in [match.name for match in second.matches]
     assert any("a fourth rollback would be due" in match.evidence[0] for match in second.matches)
+
+
+def test_a_halt_that_steps_follow_is_over(tmp_path: Path) -> None:
+    run = runs.clean(0)
+    run.guard.append({"step": 40, "event": "action", "action": "halt", "reason": "enough"})
+    found = diagnosed(run, tmp_path / "run")
+    assert found.state == "finished"
+    assert "halted_by_guard" not in [match.name for match in (*found.matches, *found.weaker)]
 
 
 # ---------------------------------------------------------------- records in any state
@@ -364,7 +412,7 @@ def everything_wrong(seed: int) -> runs.Planted:
     series["samples_dead"] = series["samples_issued"] * 0.1
     series["truncated_fraction"] = np.full(runs.STEPS, 0.6)
     series["proxy_z"] = np.where(steps > 30, series["proxy_z"] + 3.0, series["proxy_z"])
-    run.guard = [{"step": 40, "event": "action", "action": "halt", "reason": "enough"}]
+    run.guard = [{"step": runs.STEPS, "event": "action", "action": "halt", "reason": "enough"}]
     return run
 
 

@@ -186,6 +186,20 @@ def test_a_reward_model_that_is_gone_is_noted_and_the_run_goes_on(scene: Scene) 
     assert scene.notes()[-1]["event"] == "failed"
 
 
+def test_a_disk_that_refuses_does_not_end_the_run(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.models("rm-a", "rm-b")
+    driver = scene.driver()
+    monkeypatch.setattr("cluster.reward_models.atomic_write_bytes", full_disk)
+    scene.write(RollBack(30), rm_version="rm-a")
+    driver.step([])
+    assert scene.announced == []
+    assert "the reward model stays" in scene.notes()[-1]["note"]
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError("no space left")
+
+
 def test_a_driver_that_comes_later_repeats_nothing_but_a_freeze(scene: Scene) -> None:
     scene.models("rm-a", "rm-b")
     scene.write(Alert("act"))

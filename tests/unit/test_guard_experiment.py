@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -236,6 +237,8 @@ def test_a_collapse_is_two_points_by_step_seventy() -> None:
     assert _passed(late) == {"collapses": False}
     assert _passed(_run("unguarded", _steps(30, gold_mean=0.9))) == {"collapses": None}
     assert _passed(_run("unguarded", _steps(70))) == {"collapses": None}
+    null = _steps(70, gold_mean=lambda step: 0.9 if step < 40 else None)  # as a number that is none is written
+    assert _passed(_run("unguarded", null)) == {"collapses": False}
 
 
 def test_the_guarded_run_detects_goes_back_and_ends_well() -> None:
@@ -321,6 +324,18 @@ def _base(plan: Plan, seed: int) -> Path:
     stages = dict.fromkeys(("data", "sft", "collect", "rm", "evaluate"), 1.0)
     (base / "stages.json").write_text(json.dumps(stages))
     return base
+
+
+def test_a_step_without_numbers_can_be_told(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "kl_nats_per_sequence": null, "gold_mean": null}\n')
+    assert runs._standing(tmp_path, BY_NAME["guarded"]) == "step 7/70"
+
+
+def test_a_diagnosis_that_hangs_does_not_stop_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(runs, "_DIAGNOSE_S", 0.01)
+    runs.diagnose(_plan(tmp_path, said=said), tmp_path)
+    assert "not done in 0.01 s" in said[0]
 
 
 def test_a_copied_run_stands_after_its_offline_stages(tmp_path: Path) -> None:
@@ -426,6 +441,17 @@ def test_a_halted_run_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (run_dir / "guard.jsonl").write_text(json.dumps({"event": "action", "action": "halt", "step": 3}) + "\n")
     assert do_runs(plan, finished=lambda: None) == []
     assert len(keel.calls) == 1
+
+
+def test_a_run_is_not_left_behind_by_an_error_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed() -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(runs, "_TICK_S", 0.01)
+    process = subprocess.Popen(["sleep", "60"])
+    with pytest.raises(BrokenPipeError):
+        runs._waited_for(process, tick=closed)
+    assert process.poll() == -signal.SIGTERM
 
 
 def test_an_interrupt_reaches_the_process_and_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,19 @@ import pytest
 from cluster.data_records import (
     FRESH_PREFERENCES_FILE,
     PREFERENCES_FILE,
+    REVIEWED_PREFERENCES_FILE,
     PreferencePair,
     data_dir,
     read_rows,
+    read_training_pairs,
+    stable_prompt_id,
     write_rows,
 )
 from cluster.errors import SupervisionError
 from cluster.files import read_jsonl
+from cluster.reward_models import RewardModels, RmManifest
 from cluster.supervise import RolePool
+from cluster.text import load_tokenizer
 from configs.load import load_config
 from configs.run import RunConfig
 from keel.online import refresh
@@ -32,7 +37,9 @@ from keel.online.judges import FunctionJudge
 from keel.online.refresh import ASKED_FILE, REFRESHES_FILE, Refresher
 from keel.runtime import Runtime
 from keel.sampling import Asking, load_questions
-from reward_service.rm.refresh import Comparison, RefreshOutcome, RefreshRequest
+from learner.dpo import encode_preferences
+from reward_service.rm.pairs import PairSets
+from reward_service.rm.refresh import Comparison, RefreshOutcome, RefreshRequest, _load_fresh
 from tests.run_support import prepare_run
 
 SECTION = (
@@ -121,10 +128,11 @@ class Scene:
     def result(self, reference: Any) -> Any:
         return self.train(reference) if isinstance(reference, RefreshRequest) else reference.value
 
-    def refresher(self, judge: Any = None) -> Refresher:
+    def refresher(self, judge: Any = None, *, turned: bool = True) -> Refresher:
+        """`turned`: it has had its first turn, as in a new run."""
         section = self.config.rm.refresh
         assert section is not None
-        return Refresher(
+        made = Refresher(
             self.runtime(),
             section=section,
             judge=FunctionJudge(judge or (lambda prompt, a, b, rng: [len(a) >= len(b)] * 3)),
@@ -134,14 +142,27 @@ class Scene:
             announced=lambda version, reason: self.announced.append((version, reason)),
             hold=self.held.append,
         )
+        if turned:
+            made.step([])
+        return made
 
 
 def outcome(*, accepted: bool) -> Callable[[RefreshRequest], RefreshOutcome]:
     better = Comparison(pairs=10, before=0.6, after=0.7)
-    return lambda request: RefreshOutcome(
-        accepted=accepted, version=f"rm-new-{request.number}", parent="rm-1", why="as told", old=better, fresh=better,
-        disagreement=0.2, counts={}, seconds=1.0,
-    )  # fmt: skip
+
+    def train(request: RefreshRequest) -> RefreshOutcome:
+        version = f"rm-new-{request.number}"
+        if accepted:
+            models = RewardModels(request.fresh[0].parents[1] / "rm")
+            with models.draft() as draft:
+                (draft / "member_0").mkdir()
+                models.publish(draft, RmManifest(version=version, members=1))
+        return RefreshOutcome(
+            accepted=accepted, version=version, parent="rm-1", why="as told", old=better, fresh=better,
+            disagreement=0.2, counts={}, seconds=1.0,
+        )  # fmt: skip
+
+    return train
 
 
 def records(*versions: int) -> list[dict[str, Any]]:
@@ -182,6 +203,44 @@ def test_a_refresh_samples_judges_trains_and_announces(config: RunConfig) -> Non
         "accepted", "rm-new-1", 20, 0.7,
     )  # fmt: skip
     refresher.close()
+
+
+def test_a_version_that_a_rollback_pushed_aside_as_it_was_published_scores_all_the_same(config: RunConfig) -> None:
+    models = RewardModels(config.run_dir / "rm")
+
+    def train_and_roll_back(request: RefreshRequest) -> RefreshOutcome:
+        done = outcome(accepted=True)(request)  # which publishes
+        models.make_current("rm-1")
+        return done
+
+    scene = Scene(config, train_and_roll_back)
+    refresher = scene.refresher()
+    until_idle(refresher, version=4)
+    refresher.close()
+    assert [version for version, _ in scene.announced] == ["rm-new-1"]
+    assert models.current().version == "rm-new-1", "the registry says what the workers were told"
+
+
+def test_pairs_about_held_out_prompts_train_nothing(config: RunConfig) -> None:
+    run_dir = config.run_dir
+    kept, asked = (load_questions(config, run_dir, table=table)[0] for table in ("eval_prompts", "prompts"))
+    reviewed = run_dir / REVIEWED_PREFERENCES_FILE
+    write_rows(reviewed, [
+        PreferencePair(pair_id=name, prompt=question.record.prompt, chosen="restart the router .", rejected="love .")
+        for name, question in (("watch-000004-0001", kept), ("refresh-0001-0000001", asked))
+    ])  # fmt: skip
+    try:
+        assert [pair.pair_id for pair in read_training_pairs(reviewed, run_dir=run_dir)] == ["refresh-0001-0000001"]
+        tokenizer = load_tokenizer(run_dir / "sft" / "model")
+        sets = PairSets([], [], [], held_out_annotators=(), digest="")
+        fresh = _load_fresh(config, run_dir, [reviewed], after_version=-1, sets=sets, tokenizer=tokenizer)
+        assert [one.pair.pair_id for one in (*fresh.train, *fresh.held_out)] == ["refresh-0001-0000001"]
+        write_rows(reviewed, read_rows(reviewed, PreferencePair) * 3)
+        prompts = {prompt for prompt, _ in encode_preferences(run_dir, data=config.data, tokenizer=tokenizer)}
+        assert stable_prompt_id(asked.record.prompt) in prompts
+        assert stable_prompt_id(kept.record.prompt) not in prompts
+    finally:
+        reviewed.unlink()
 
 
 def test_training_is_held_while_a_refresh_lasts_where_the_section_says_so(config: RunConfig) -> None:
@@ -258,6 +317,19 @@ def test_a_resumed_driver_that_reads_all_steps_again_does_not_refresh_for_them(c
     assert again._work is None
     assert len(scene.requests) == 1
     again.close()
+
+
+def test_what_an_earlier_driver_left_due_waits_for_a_step_since_actors_hold_their_boots_weights(
+    config: RunConfig,
+) -> None:
+    scene = Scene(config, outcome(accepted=True))
+    refresher = scene.refresher(turned=False)
+    refresher.step(records(1, 2, 3, 4))
+    refresher.step([])
+    assert refresher._work is None
+    until_idle(refresher, version=5)
+    assert [request.policy_version for request in scene.requests] == [5]
+    refresher.close()
 
 
 def test_a_driver_that_ends_while_a_judge_hangs_has_spent_its_pairs_and_its_number(config: RunConfig) -> None:

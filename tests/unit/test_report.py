@@ -18,6 +18,7 @@ import pytest
 
 from cluster.errors import ConfigError, DataError
 from configs.guard import GuardSection, Thresholds
+from keel import plots
 from keel.plots import ChartData, Rollback, Series, abandoned
 from keel.report import write_report
 from keel.report_charts import OVEROPTIMISATION_TITLE
@@ -344,6 +345,9 @@ def test_a_halt_is_the_headline(tmp_path: Path) -> None:
     visible = " ".join(Page(write_report(run).read_text(encoding="utf-8")).text)
     assert "The guard halted the run" in visible
     assert "a fourth rollback would be due" in visible
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 49, "guard": {"level": "ok"}}) + "\n")
+    assert "The guard halted" not in " ".join(Page(write_report(run).read_text(encoding="utf-8")).text)
 
 
 def test_a_long_run_has_few_cells_and_loses_no_alarm(tmp_path: Path) -> None:
@@ -356,6 +360,21 @@ def test_a_long_run_has_few_cells_and_loses_no_alarm(tmp_path: Path) -> None:
     assert len(re.findall("<rect", row)) == 3
     assert "<title>steps 775–783: past 9</title>" in row
     assert ">9<" in row
+
+
+def test_a_step_axis_has_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+
+    def keep(figure: Any) -> str:
+        drawn.append(figure)
+        return ""
+
+    monkeypatch.setattr(plots, "svg_base64", keep)
+    points = [{"step": step, "win_rate": 0.5} for step in (3, 6)]
+    series = (Series("win_rate", "win rate", of="evaluations"),)
+    plots.chart_svg(plots.Chart("title", "share", series, "caption"), ChartData(steps=[], evaluations=points))
+    ticks = drawn[0].axes[0].get_xticks()
+    assert [tick % 1 for tick in ticks] == [0.0] * len(ticks)
 
 
 def test_a_rollback_without_a_journal_is_seen_by_the_branch() -> None:

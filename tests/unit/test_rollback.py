@@ -364,6 +364,66 @@ async def test_a_halted_run_stays_so_until_its_settings_are_others(config: RunCo
     assert [action for action, *_ in mended.guard.log if isinstance(action, RollBack)] == [RollBack(1)]
 
 
+async def test_a_halted_run_goes_back_where_its_guard_was_switched_off(config: RunConfig) -> None:
+    run = Run(config.model_copy(update={"guard": config.guard.model_copy(update={"enabled": True})}))
+    await run.step(1)
+    before = run.restored()
+    run.guard.halted = "enough"
+    await run.step(2, alarm(Halt("enough")))
+    run.state.save_final()
+    mended = LearnerState.build(
+        config.model_copy(update={"guard": config.guard.model_copy(update={"enabled": False})}),
+        run_dir=config.run_dir,
+        streams=run.streams,
+        channel=run.channel,
+        guarded_by=lambda *_, **__: None,
+    )
+    assert not mended.halted
+    assert (mended.step, mended.branch) == (2, 1)
+    run.state = mended
+    same(run.restored(), before)
+
+
+async def test_a_rollback_on_resuming_is_saved_before_the_first_step(config: RunConfig) -> None:
+    run = Run(config)
+    await run.step(1)
+    run.guard.halted = "enough"
+    await run.step(2, alarm(Halt("enough")))
+    run.state.save_final()
+    gentler = config.model_copy(update={"learner": config.learner.model_copy(update={"clip_epsilon": 0.1})})
+    mended = Run(gentler)
+    assert mended.state.branch == 1
+    mended.state.begin()
+    again = Run(gentler)
+    assert not again.state.halted
+    assert (again.state.step, again.state.branch, again.state.version) == (2, 1, mended.state.version)
+    assert not [action for action, *_ in again.guard.log if isinstance(action, RollBack)]
+    same(again.restored(), mended.restored())
+
+
+async def test_a_start_that_was_saved_without_being_good_is_saved_as_good(config: RunConfig) -> None:
+    """A run that was stopped before its first step, and that may go back only since."""
+    Run(config).state.save()
+    resumed = Run(config)
+    assert resumed.good() == []
+    resumed.state.begin()
+    assert resumed.good() == [0]
+    assert CheckpointStore(config.run_dir / "checkpoints", keep_last=2).load(0).state["guard"]["good"] is True
+
+
+async def test_what_a_dead_learner_left_pinned_is_not_kept_for_ever(config: RunConfig) -> None:
+    run = Run(config)
+    for seed in (1, 2):
+        await run.step(seed)
+    store = CheckpointStore(config.run_dir / "checkpoints", keep_last=2)
+    run.state.good.forget(1)
+    store.pin(1)  # It died before this one was unpinned.
+    run.state._saved_step = -1
+    run.state.save()
+    resumed = Run(config)
+    assert resumed.good() == [0, 2] == sorted(store.pinned())
+
+
 def test_a_beta_that_was_set_anew_counts_for_a_resumed_run(config: RunConfig) -> None:
     fixed = config.model_copy(update={"learner": config.learner.model_copy(update={"kl": FixedKl(beta=0.0)})})
     run = Run(fixed)

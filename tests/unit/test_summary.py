@@ -14,7 +14,7 @@ from configs.load import load_config
 from keel import evaluate, stages
 from keel.roles import Roles
 from keel.runtime import Runtime
-from keel.summary import guard_summary, write_samples
+from keel.summary import _last_mean, guard_summary, write_samples
 from tests.guarded_run import write_guarded_run
 
 
@@ -85,3 +85,12 @@ def test_what_the_guard_did_is_summed_up(tmp_path: Path) -> None:
         "halted": False, "actions": {"alert": 2, "raise_beta": 1, "roll_back": 1},
     }  # fmt: skip
     assert guard_summary(tmp_path, {"guard": {"level": "ok"}})["rollbacks"] == 0
+    with (run / "guard.jsonl").open("a") as file:
+        file.write(json.dumps({"step": last["step"], "event": "action", "action": "halt"}) + "\n")
+    assert guard_summary(run, last)["halted"]
+    assert not guard_summary(run, last | {"step": last["step"] + 1})["halted"]
+
+
+def test_a_step_without_a_number_is_left_out_of_a_mean() -> None:
+    assert _last_mean([{"kl": 1.0}, {"kl": None}, {"kl": 3.0}], "kl") == 2.0
+    assert _last_mean([{"kl": None}], "kl") is None

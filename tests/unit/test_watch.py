@@ -55,6 +55,7 @@ def watch_of(scene: Scene, judge: Any = good_judge) -> Watch:
     watch = make_watch(scene.runtime(), scene.roles())
     assert watch is not None
     watch._judge = judge
+    watch.step([])  # the first turn of a new run
     return watch
 
 
@@ -172,8 +173,10 @@ def test_actors_that_never_answer_do_not_stop_the_driver_and_the_next_measuremen
     for version in range(1, 7):
         watch.step([{"step": version, "version": version}])
     assert time.monotonic() - started_s < 2.0
+    assert scene.cancelled == []
     watch._until_s = 0.0
     until_idle(watch, version=7)
+    assert len(scene.cancelled) == 2, "answers and anchor: the next measurement must not come on top of this one"
     assert lines(config) == []
     assert scene.told == []
     scene.ready = True
@@ -209,6 +212,19 @@ def test_a_resumed_driver_takes_no_baseline_again_and_goes_on_by_the_record(conf
     resumed.close()
 
 
+def test_what_an_earlier_driver_left_due_waits_for_a_step_since_actors_hold_their_boots_weights(
+    config: RunConfig,
+) -> None:
+    watch = make_watch((scene := Scene(config, ids(config, GOOD))).runtime(), scene.roles())
+    assert watch is not None
+    watch.step([{"step": one, "version": one} for one in (1, 2, 3, 4)])
+    watch.step([])
+    assert watch._work is None
+    until_idle(watch, version=5)
+    assert [line["version"] for line in lines(config)] == [5]
+    watch.close()
+
+
 def test_a_baseline_that_cannot_be_had_is_noted_and_the_run_goes_on(config: RunConfig) -> None:
     section = config.guard.watch
     assert section is not None
@@ -234,6 +250,7 @@ def test_a_run_that_ends_gives_up_what_is_under_way(config: RunConfig) -> None:
     watch.step([{"step": 4, "version": 4}])
     watch.close()
     assert "given up" in (config.run_dir / "progress.jsonl").read_text()
+    assert len(scene.cancelled) == 1
 
 
 # ---------------------------------------------------------------- parts
@@ -301,8 +318,7 @@ def test_where_people_judge_pairs_are_put_to_them_and_their_win_rate_is_apart(
         return len(items)
 
     monkeypatch.setattr(watch_people.People, "_push", push)
-    watch = make_watch(scene.runtime(), scene.roles())
-    assert watch is not None
+    watch = watch_of(scene, judge=None)
     until_idle(watch, version=4)
     assert len(pushed) == 24
     assert {one.policy_versions for one in pushed} == {(4, 0), (0, 4)}

@@ -82,7 +82,9 @@ def test_equal_length_is_not_guessed_at_from_longer_answers_alone_or_from_a_few(
 
 def test_agreement_is_over_pairs_with_a_winner() -> None:
     outcomes = [1.0, 1.0, 0.0, 0.0, 0.5, None]
-    assert agreement(outcomes, [2.0, -1.0, -3.0, 0.0, 9.0, 9.0]) == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    margins = [2.0, -1.0, -3.0, 0.0, 9.0, 9.0]
+    assert agreement(5 * outcomes, 5 * margins) == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert agreement(4 * outcomes, 4 * margins) is None, "16 pairs with a winner say too little to roll back for"
     assert agreement([0.5, None], [1.0, 1.0]) is None
 
 

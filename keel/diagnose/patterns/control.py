@@ -94,10 +94,8 @@ class KlRunaway:
         first, last = start_and_end(record.values("beta"))
         if last > 0:
             rises = last > 1.2 * first
-            sentences.append(
-                f"β went from {first:.3g} to {last:.3g}"
-                + (": the controller pulled, more slowly than the score pushed" if rises else "")
-            )
+            course = f"β went from {first:.3g} to {last:.3g}" if first != last else f"β stayed at {last:.3g}"
+            sentences.append(course + (": the controller pulled, more slowly than the score pushed" if rises else ""))
         step_kl = worst_lasting(record.values("step_kl_nats_per_token"))
         bound = record.setting_number("learner.max_step_kl_nats_per_token", 0.05)
         if step_kl > bound:

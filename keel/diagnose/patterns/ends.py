@@ -10,6 +10,7 @@ from keel.diagnose.evidence import known, ramp
 from keel.diagnose.match import Kind, Match, Recommendation
 from keel.diagnose.patterns.answers import present
 from keel.diagnose.record import RunRecord
+from keel.display import number
 
 _STALLS: Final = ("StallError", "DeadlineError")
 _BY_HAND: Final = ("KeyboardInterrupt", "InterruptedRun")
@@ -38,9 +39,12 @@ def last_step(record: RunRecord) -> int | None:
 
 
 def halt_of(record: RunRecord) -> Json | None:
-    """The guard's own end of the run."""
+    """The guard's own end of the run, unless steps were done after it: a run may go on with other settings."""
     halts = [line for line in record.guard_events if line.get("event") == "action" and line.get("action") == "halt"]
-    return halts[-1] if halts else None
+    if not halts:
+        return None
+    at_step, last = number(halts[-1], "step"), last_step(record)
+    return None if at_step is not None and last is not None and last > at_step else halts[-1]
 
 
 def _ended(record: RunRecord) -> bool:

@@ -95,8 +95,8 @@ class RewardScaleJump:
         was, now = ((_middle(spread, part), _middle(mean, part)) for part in (before, after))
         sentences = [
             f"at step {record.steps[at]}, {why}, the rewards' standard deviation went from {was[0]:.2f} to "
-            f"{now[0]:.2f} (×{factor:.1f}) and their mean from {was[1]:+.2f} to {now[1]:+.2f}, which is "
-            f"{shift:+.1f} of the earlier standard deviations"
+            f"{now[0]:.2f} (×{now[0] / max(was[0], 1e-9):.1f}) and their mean from {was[1]:+.2f} to {now[1]:+.2f}, "
+            f"which is {(now[1] - was[1]) / max(was[0], 1e-9):+.1f} of the earlier standard deviations"
         ]
         length = record.values("response_tokens_mean")
         if abs(_middle(length, after) / max(_middle(length, before), 1e-9) - 1) < 0.15:
@@ -151,7 +151,8 @@ def _scale_change(spread: Values, mean: Values, at: int, *, noise: float) -> flo
     if size < 3.0 * noise or _at_once(spread, at) < 0.6 * size:
         return 1.0
     shared = _middle(mean, after) / level if abs(level) > 0.5 * old else new / old
-    return new / old if shared > 0 and abs(math.log(shared)) > 0.4 * size else 1.0
+    together = shared > 0 and math.copysign(1.0, new - old) * math.log(shared) > 0.4 * size
+    return new / old if together else 1.0
 
 
 def _at_once(values: Values, at: int) -> float:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cluster.files import read_jsonl
-from configs.guard import Above, Below, GuardSection, Thresholds
-from learner.guard.guard import Guard, halts
+from configs.guard import Above, Below, GuardSection, Thresholds, WatchSection
+from learner.guard.guard import Guard
 from learner.guard.journal import GUARD_FILE, SAMPLES_FILE, Journal
 from learner.guard.record import Alert, Decision, Halt, Level, RaiseBeta, Reading, RollBack
 
@@ -64,7 +64,7 @@ class Scene:
     def __init__(self, run_dir: Path, *, step: int = 0, **changes: Any) -> None:
         quick = {
             "thresholds": LIMITS, "warmup_steps": 0, "patience_steps": 1, "patience_measurements": 1,
-            "cool_down_steps": 3,
+            "cool_down_steps": 3, "watch": WatchSection(),
         }  # fmt: skip
         self.section = GuardSection(**{**quick, **changes})
         self.run_dir = run_dir
@@ -176,7 +176,8 @@ def test_after_a_rollback_the_signals_start_anew_and_the_count_stays(make: MakeS
     assert calm == [Level.OK, Level.OK, Level.ACT], "warm-up and patience"
     decision = scene.observe(kl_nats_per_sequence=12.0)
     assert isinstance(decision.actions[-1], Halt)
-    assert halts(decision) == scene.guard.halted != ""
+    assert [action.reason for action in decision.actions if isinstance(action, Halt)] == [scene.guard.halted]
+    assert scene.guard.halted
     assert scene.observe(kl_nats_per_sequence=12.0).actions == ()
     scene.guard.go_on()
     assert scene.guard.halted == ""
@@ -310,6 +311,25 @@ def test_what_is_done_on_resuming_is_written_down_where_the_checkpoint_stands(ma
     assert again.observe(kl_nats_per_sequence=1.0).good, "of the branch that was left"
 
 
+def test_a_guard_that_begins_in_mid_run_counts_branches_as_the_run_does(tmp_path: Path) -> None:
+    guard = Guard(GuardSection(), reader=ScriptedReader(), journal=Journal(tmp_path, step=7), branch=2)
+    guard.observe(Batch(), step=8, version=12)
+    assert guard.record()["branch"] == 2
+    guard.close()
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_what_was_measured_last_counts_no_more_where_nothing_is_measured_any_more(
+    make: MakeScene, tmp_path: Path, watched: bool
+) -> None:
+    scene = make()
+    scene.guard.measured({"canary_z": 4.0}, 4)
+    assert scene.observe(kl_nats_per_sequence=1.0).verdict.warn == ("canary_z",)
+    again = make(step=1, watch=WatchSection() if watched else None)
+    again.guard.from_state(scene.guard.to_state())
+    assert again.observe(kl_nats_per_sequence=1.0).good is not watched
+
+
 SCRIPT = [1.0, 9.0, 1.0, 12.0, 1.0, 1.0, 9.0, 9.0, 1.0, 12.0, 1.0, 12.0]
 
 
@@ -337,9 +357,8 @@ def test_a_resumed_guard_goes_on_as_if_nothing_had_been(make: MakeScene, tmp_pat
 
 def test_the_state_is_finite_whatever_was_measured(scene: Scene) -> None:
     scene.guard.measured({"anchor_perplexity_ratio": math.inf, "canary_z": math.nan}, 1)
-    scene.observe(kl_nats_per_sequence=math.nan)
+    assert not scene.observe(kl_nats_per_sequence=math.nan).good
     json.dumps(scene.guard.to_state(), allow_nan=False)
-    assert scene.guard.to_state()["good"] is False
     assert set(scene.guard.record()["signals"]) == {KL, "anchor_perplexity_ratio"}
 
 

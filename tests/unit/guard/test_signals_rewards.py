@@ -208,3 +208,11 @@ def test_a_guard_that_begins_in_mid_run_has_no_baseline_of_its_own() -> None:
 def test_rewards_that_are_not_finite_tell_nothing() -> None:
     watched = watch()
     assert watched.read(View(1, (math.nan, 1.0), ("old", "old"), (0.0, 0.0))) == {}
+
+
+def test_a_first_spread_that_is_not_finite_is_not_known() -> None:
+    watched = watch()
+    for step in (1, 2):
+        signals = watched.read(batch(step, mean=0.0, version="other", spread=math.nan if step == 1 else 0.4))
+        json.dumps(watched.to_state(), allow_nan=False)
+    assert signals["uncertainty_ratio"] is None

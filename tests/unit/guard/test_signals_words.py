@@ -3,6 +3,7 @@ that has only become better, raises no alarm. Answers are the support desk's."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from learner.guard.overuse import Overuse, OverusedTerm, log_odds_ratio, rate_p
 from learner.guard.terms import Vocabulary, count_terms, terms_of
 
 BATCH = 128
+NUMBERS = itertools.count()
 Batch = tuple[list[str], list[str]]
 Change = Callable[[str, random.Random], str]
 
@@ -27,9 +29,9 @@ def unchanged(answer: str, _: random.Random) -> str:
 def answers(
     rng: random.Random, count: int, *, each: int = 1, change: Change = unchanged
 ) -> tuple[list[str], list[str]]:
-    """(answers, what they answer): `each` to a prompt."""
+    """(answers, what they answer): `each` to a prompt, which is another one each time."""
     texts, prompts = [], []
-    for number in range(count // each):
+    for number in itertools.islice(NUMBERS, count // each):
         issue = rng.choice(list(ISSUES))
         for _ in range(each):
             texts.append(change(mediocre_answer(issue, rng), rng))
@@ -53,8 +55,8 @@ def test_a_thousand_clean_steps_raise_no_alarm(reference: int, each: int, steps:
     rng = random.Random(reference)
     overuse = before_training(rng, reference)
     pool = [answers(rng, each, each=each)[0] for _ in range(10_000 // each)]
-    prompts = [str(place // each) for place in range(BATCH)]
-    for _ in range(steps):
+    for step in range(steps):
+        prompts = [f"{step} {place // each}" for place in range(BATCH)]
         texts = [text for group in rng.choices(pool, k=BATCH // each) for text in group]
         assert overuse.observe(texts, prompts=prompts) == []
 
@@ -84,10 +86,10 @@ def test_a_policy_that_has_only_become_better_raises_no_alarm() -> None:
     """It gives all right steps and both courtesies, each about twice as often as before."""
     rng = random.Random(0)
     overuse = before_training(rng)
-    for _ in range(40):
+    for step in range(40):
         issues = [rng.choice(list(ISSUES)) for _ in range(BATCH)]
         texts = [". ".join((APOLOGY, *ISSUES[issue], CLOSING)) + "?" for issue in issues]
-        assert overuse.observe(texts, prompts=[str(place) for place in range(BATCH)]) == []
+        assert overuse.observe(texts, prompts=[f"{step} {place}" for place in range(BATCH)]) == []
 
 
 def test_flattery_that_the_reference_knows_too_is_found_when_it_is_said_out_of_place() -> None:
@@ -108,6 +110,24 @@ def test_a_word_in_all_answers_to_one_prompt_counts_once() -> None:
     prompts = [str(place // 8) for place in range(BATCH)]
     assert together.observe(texts, prompts=prompts) == []
     assert [one.term for one in apart.observe(texts, prompts=[str(place) for place in range(BATCH)])] == ["zebra"]
+
+
+def test_what_few_prompts_are_about_is_no_alarm_however_often_they_come() -> None:
+    """96 prompts, each about one of 60 things that the reference's are not about; a prompt is in five of 32 steps."""
+    rng = random.Random(0)
+    common = [f"word{number}" for number in range(200)]
+
+    def said(topic: str) -> str:
+        return " . ".join([*(rng.choice(common) for _ in range(10)), topic])
+
+    overuse = Overuse([said(f"other{number % 700}") for number in range(1500)], prompts=[str(n) for n in range(1500)])
+    prompts = {f"prompt {number}": f"topic{number % 60}" for number in range(96)}
+    for _ in range(40):
+        dealt = rng.sample(list(prompts), 16)
+        assert overuse.observe([said(prompts[prompt]) for prompt in dealt], prompts=dealt) == []
+    dealt = list(prompts) * 2
+    found = overuse.observe([f"{said(prompts[prompt])} fantastic" for prompt in dealt], prompts=dealt)
+    assert "fantastic" in {word for one in found for word in one.term.split()}
 
 
 def test_a_word_that_is_gone_is_forgotten_and_a_reset_forgets_at_once() -> None:

@@ -98,6 +98,20 @@ def test_a_threshold_that_is_off_never_speaks() -> None:
     assert levels([1e9] * 5, act_only) == "ooaaa"
 
 
+def test_a_threshold_that_was_taken_away_speaks_no_more_though_its_signal_is_absent() -> None:
+    """As after a resume with other settings, before the next measurement."""
+    state = VerdictState()
+    for _ in range(5):
+        state, verdict = judge(state, {KL: 11.0, ENTROPY: 0.11}, section=section())
+    assert (verdict.act, verdict.warn) == ((KL,), (ENTROPY,))
+    off = section(thresholds=Thresholds(kl_nats_per_sequence=Above()))
+    state, verdict = judge(VerdictState.from_state(state.to_state()), {}, section=off)
+    assert (verdict.level, verdict.act, verdict.warn) == (Level.WARN, (), (ENTROPY,))
+    assert list(state.signals) == [ENTROPY]
+    only_warn = section(thresholds=Thresholds(entropy_nats_per_token=Below(act=0.1)))
+    assert judge(state, {}, section=only_warn)[1].level is Level.OK
+
+
 def test_negative_thresholds_and_zero() -> None:
     """Back within is a tenth of its size further on the good side; of 0, anywhere on it."""
     negative = section(patience_steps=1, thresholds=Thresholds(kl_nats_per_sequence=Above(act=-1.0)))
