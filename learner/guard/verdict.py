@@ -5,7 +5,8 @@ Each signal has two latches, one a threshold. A latch closes when `patience` val
 value in between keeps it as it is. A signal is at `act` while its act latch is closed, else at `warn` while its warn
 latch is; the level is that of the worst signal.
 
-- A signal that is absent keeps its latches as they are, their counts too: nothing was seen.
+- A signal that is absent keeps its latches as they are, their counts too: nothing was seen. After `cool_down_steps` of
+  it the signal starts anew: what can be told no more (a new reward model has no calibration) must not count for ever.
 - NaN counts as over every threshold that the signal has: a number that cannot be computed is no good news. One is as
   little as any other single value; a run that makes nothing else acts when patience ends.
 - What is measured beside training (MEASURED) is handed in when it is new, so one measurement is one value. Their
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -56,6 +57,8 @@ class Latch:
 class SignalState:
     warn: Latch = Latch()
     act: Latch = Latch()
+    absent_steps: int = 0
+    """In a row, up to now."""
 
     @property
     def level(self) -> Level:
@@ -73,14 +76,16 @@ class VerdictState:
 
     def to_state(self) -> dict[str, Any]:
         """Plain JSON."""
-        signals = {name: [*_plain(one.warn), *_plain(one.act)] for name, one in self.signals.items()}
+        signals = {name: [*_plain(one.warn), *_plain(one.act), one.absent_steps] for name, one in self.signals.items()}
         return {"steps": self.steps, "signals": signals}
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> VerdictState:
         """Inverse of to_state. Signals that this build does not know are left out."""
         signals = {
-            name: SignalState(Latch(bool(latches[0]), int(latches[1])), Latch(bool(latches[2]), int(latches[3])))
+            name: SignalState(
+                Latch(bool(latches[0]), int(latches[1])), Latch(bool(latches[2]), int(latches[3])), int(latches[4])
+            )
             for name, latches in saved["signals"].items()
             if name in SIGNALS
         }
@@ -101,6 +106,8 @@ def judge(state: VerdictState, values: Mapping[str, float], *, section: GuardSec
         return VerdictState(state.steps + 1, state.signals), Verdict()
     # A threshold that was taken away since is nobody's any more, whether its signal is there or not.
     signals = {name: _with_thresholds(one, _limits(section, name)) for name, one in state.signals.items()}
+    for name in signals.keys() - values.keys() - MEASURED:
+        signals[name] = _one_more_absent(signals[name], most=section.cool_down_steps)
     for name, value in values.items():
         patience = section.patience_measurements if name in MEASURED else section.patience_steps
         signals[name] = _after(
@@ -110,7 +117,7 @@ def judge(state: VerdictState, values: Mapping[str, float], *, section: GuardSec
             patience=patience,
             hysteresis=section.hysteresis,
         )
-    moved = {name: signals[name] for name in SIGNALS if signals.get(name, _CALM) != _CALM}
+    moved = {name: signals[name] for name in SIGNALS if replace(signals.get(name, _CALM), absent_steps=0) != _CALM}
     after = VerdictState(state.steps + 1, MappingProxyType(moved))
     return after, _verdict(after, values, section=section)
 
@@ -150,7 +157,13 @@ def _with_thresholds(state: SignalState, limits: Above | Below) -> SignalState:
     return SignalState(
         warn=Latch() if limits.warn is None else state.warn,
         act=Latch() if limits.act is None else state.act,
+        absent_steps=state.absent_steps,
     )
+
+
+def _one_more_absent(state: SignalState, *, most: int) -> SignalState:
+    """Calm again when it is one too many."""
+    return _CALM if state.absent_steps >= most else replace(state, absent_steps=state.absent_steps + 1)
 
 
 def _after(state: SignalState, value: float, *, limits: Above | Below, patience: int, hysteresis: float) -> SignalState:

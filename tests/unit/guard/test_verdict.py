@@ -76,6 +76,17 @@ def test_an_absent_signal_stays_as_it_is() -> None:
     assert [verdict.level.value for verdict in verdicts(steps)] == ["ok", "ok", "ok", "ok", "act", "act"]
 
 
+def test_a_signal_that_can_be_told_no_more_does_not_count_for_ever() -> None:
+    alarmed: list[dict[str, float]] = [{KL: 11}] * 3
+    assert [one.level.value for one in verdicts([*alarmed, *[{}] * 6], section(cool_down_steps=4))] == [
+        "ok", "ok", "act", "act", "act", "act", "act", "ok", "ok",
+    ]  # fmt: skip
+    seen_again: list[dict[str, float]] = [*alarmed, {}, {}, {}, {KL: 11}, {}, {}, {}]
+    assert verdicts(seen_again, section(cool_down_steps=4))[-1].level is Level.ACT
+    measured: list[dict[str, float]] = [{"win_rate": 0.3}] * 2 + [{}] * 9
+    assert verdicts(measured, section(cool_down_steps=4))[-1].level is Level.ACT, "until it is measured again"
+
+
 def test_measurements_have_a_patience_of_their_own() -> None:
     assert {"win_rate", "canary_z"} <= MEASURED <= set(SIGNALS)
     steps: list[dict[str, float]] = [{"win_rate": 0.3}, {}, {}, {"win_rate": 0.3}]
@@ -248,5 +259,5 @@ def test_the_state_comes_back_from_json_at_any_step(steps: list[dict[str, float]
 
 
 def test_a_signal_that_is_not_known_any_more_is_left_out() -> None:
-    saved = {"steps": 4, "signals": {"gone": [True, 0, False, 0], KL: [True, 0, False, 1]}}
+    saved = {"steps": 4, "signals": {"gone": [True, 0, False, 0, 0], KL: [True, 0, False, 1, 0]}}
     assert list(VerdictState.from_state(saved).signals) == [KL]
