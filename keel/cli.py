@@ -138,10 +138,13 @@ def presets() -> None:
 def report(
     run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/demo; it may still be running.")],
 ) -> None:
-    """Write report.html for a run, finished or not."""
+    """Write report.html for a run, finished or not, and its diagnosis anew."""
+    from keel.diagnose.command import write_diagnosis_of
     from keel.report import write_report
 
-    typer.echo(write_report(_existing_run(run_dir)))
+    run = _existing_run(run_dir)
+    write_diagnosis_of(run)
+    typer.echo(write_report(run))
 
 
 @app.command()

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 Tag = Literal["sft", "final", "dpo"]
 """Which policy: before training, PPO's last, DPO's."""
+JUDGE_TIMEOUT_S = 1800.0
+"""A judge that has not compared all answers by then costs the win rate, not the run."""
 _POLL_S = 0.1
 
 
@@ -134,11 +136,16 @@ def _against_reference(
     if judge is None or not pairs:
         return {}
     job = in_background(lambda: compare(pairs, judge=judge, seed=config.seed), name="judge")
-    while not job.done():
+    until_s = time.monotonic() + JUDGE_TIMEOUT_S
+    while not job.done() and time.monotonic() < until_s:
         runtime.tick()
         time.sleep(_POLL_S)
     try:
-        found = job.result()
+        found = job.result(timeout=0.0)
+    except TimeoutError:
+        note = f"no win rate: the judge did not answer {len(pairs)} questions in {JUDGE_TIMEOUT_S:.0f} s"
+        runtime.run.emit(role="evaluate", event="failed", note=note)
+        return {}
     except Exception as error:  # The judge is the user's function: it may raise anything.
         log.exception("the judge failed")
         runtime.run.emit(role="evaluate", event="failed", note=f"no win rate: the judge failed: {error}")

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.run import RunConfig
+from keel import evaluate
 from keel.evaluate import evaluate_policy
 from tests.run_support import prepare_run
 from tests.watch_scene import Scene, ids
 
 GOOD, BAD = "please restart the router.", "i love you."
 JUDGE = "tests.unit.test_evaluate:prefers_steps"
+NEVER = threading.Event()
 
 
 def prefers_steps(prompt: Any, a: str, b: str, rng: Any) -> dict[str, bool]:
     return {"ann": "restart" in a}
+
+
+def hangs(prompt: Any, a: str, b: str, rng: Any) -> dict[str, bool]:
+    NEVER.wait()
+    return {}
 
 
 def breaks(prompt: Any, a: str, b: str, rng: Any) -> dict[str, bool]:
@@ -66,3 +74,15 @@ def test_a_judge_that_breaks_costs_the_win_rate_alone(config: RunConfig) -> None
     assert "win_rate" not in result
     assert result["proxy_z"] is not None
     assert any("no connection" in str(fields.get("note")) for fields in scene.emitted)
+
+
+def test_a_judge_that_never_answers_costs_the_win_rate_alone(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "JUDGE_TIMEOUT_S", 0.2)
+    collect = config.collect.model_copy(update={"judge": JUDGE.replace("prefers_steps", "hangs")})
+    scene = Scene(config.model_copy(update={"collect": collect}), ids(config, GOOD))
+    result = dpo_of(config, scene)
+    NEVER.set()
+    assert "win_rate" not in result
+    assert any("did not answer 32 questions" in str(fields.get("note")) for fields in scene.emitted)
