@@ -6,6 +6,7 @@ data → sft → collect → rm → ppo → evaluate → report
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 
 from cluster.process import log_to_file
@@ -22,6 +23,7 @@ from keel.stages import STAGE_FUNCTIONS
 from reward_service.rewards.compose import check_rewards
 
 INTERRUPTED_EXIT_CODE = 130
+log = logging.getLogger(__name__)
 
 
 def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
@@ -49,11 +51,18 @@ def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
                             raise
                         stop.check()
             except InterruptedRun as error:
+                log.info("stopped on request", exc_info=True)
                 print(f"keel: {error}", flush=True)
                 return INTERRUPTED_EXIT_CODE
             except KeyboardInterrupt:
+                log.info("stopped at once", exc_info=True)
                 print("keel: stopped at once; earlier checkpoints are kept, --resume goes on from the last", flush=True)
                 return INTERRUPTED_EXIT_CODE
+            except HaltedRun:
+                raise
+            except Exception:
+                log.exception("the run ended")  # For keel diagnose, which cannot ask the terminal.
+                raise
     print(f"keel: done: {run.path}")
     return 0
 

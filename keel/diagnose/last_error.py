@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Final
 
 _TAIL_BYTES: Final = 64 * 1024
-_ERROR: Final = re.compile(r"^[|\s]*(?:[\w.]+\.)?(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt))\b:? ?(?P<what>.*)$")
+_ERROR: Final = re.compile(
+    r"^[|\s]*(?:[\w.]+\.)?(?P<kind>[A-Z]\w*(?:Error|Exception|Interrupt)|InterruptedRun)\b:? ?(?P<what>.*)$"
+)
 _GOT: Final = re.compile(r"^[|\s]*got: (?P<got>.*)$")
 _NO_MEMORY: Final = re.compile(
     r"out of memory|OutOfMemory|Cannot allocate memory|MemoryError|oom-kill|SIGKILL.*memory", re.IGNORECASE

@@ -69,6 +69,8 @@ def test_a_wrong_column_lists_the_columns_found(tmp_path: Path) -> None:
 def test_a_malformed_line_is_named(tmp_path: Path) -> None:
     source = preferences(tmp_path, PAIRS + '{"q": "how?", "go\n')
     refused(keel("train", "demo_ci", *settings([f"runs_dir={tmp_path}", source])), "pairs.jsonl:2")
+    (log,) = tmp_path.glob("*/logs/driver-0.log")
+    assert "pairs.jsonl:2" in log.read_text()  # keel diagnose reads it there.
 
 
 def test_empty_prompts_are_counted_and_none_left_is_an_error(tmp_path: Path) -> None:

@@ -256,6 +256,7 @@ def test_a_collapsed_policy(tmp_path: Path) -> None:
         ("cluster.errors.StallError: no rollout came back for 300 s\n  got: 3 tasks issued\n", "stalled"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n", "out_of_memory"),
         ("cluster.errors.NonFiniteError: the policy's loss is not finite\n", "crashed"),
+        ("cluster.errors.ConfigError: model not found\n\nkeel.interrupt.InterruptedRun: stopped\n", "stopped_early"),
         ("INFO all is well\n", "stopped_early"),
     ],
 )
