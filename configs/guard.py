@@ -63,6 +63,9 @@ class Thresholds(Section):
     kl_nats_per_sequence: Above = Above(warn=8.0, act=10.0)
     kl_slope_nats_per_step: Above = Above(warn=1.0)
     """A run that goes well has up to 0.55 in its first steps."""
+    kl_budget_share: Above = Above(warn=0.8)
+    """Summed movement over learner.kl_budget.cumulative_nats_per_sequence; absent without such a budget. The run ends
+    by itself past 1."""
     entropy_nats_per_token: Below = Below(warn=0.12, act=0.1)
 
     # Length.

@@ -46,7 +46,8 @@ class KlBudget(Section):
     start: Fraction = 1.0
     widen_steps: Annotated[int, Field(ge=0)] = 0
     cumulative_nats_per_sequence: PositiveFloat | None = None
-    """Training ends, cleanly, when the summed per-step policy movement passes this."""
+    """Training ends, cleanly, when the summed per-step policy movement passes this. The guard's signal kl_budget_share
+    warns beforehand."""
 
 
 class OptimizerSection(Section):

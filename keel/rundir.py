@@ -114,7 +114,7 @@ def _without_secrets(config: RunConfig) -> RunConfig:
 
 def _reconcile(run: RunDirectory, old_text: str, new_text: str) -> None:
     """What made the finished stages must be the same; how far and where the run goes on may change. More PPO steps
-    than were done reopen that stage and those after it."""
+    than were asked for, or another KL budget, reopen that stage and those after it."""
     import yaml
 
     old, new = yaml.safe_load(old_text), yaml.safe_load(new_text)
@@ -129,7 +129,8 @@ def _reconcile(run: RunDirectory, old_text: str, new_text: str) -> None:
             got=f"different: {', '.join(changed)}",
             do="resume with the configuration that the run was started with, or start a run of another name",
         )
-    if new["learner"]["steps"] > old["learner"]["steps"]:
+    more_steps = new["learner"]["steps"] > old["learner"]["steps"]
+    if more_steps or new["learner"].get("kl_budget") != old["learner"].get("kl_budget"):
         run.reopen("ppo", "dpo", "evaluate")
 
 

@@ -21,7 +21,7 @@ from learner.guard.record import Level
 GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("reward", ("proxy_z", "reward_jump", "reward_std_ratio", "score_ceiling_fraction", "reward_ks",
                 "uncertainty_ratio")),
-    ("movement", ("kl_nats_per_sequence", "kl_slope_nats_per_step", "entropy_nats_per_token")),
+    ("movement", ("kl_nats_per_sequence", "kl_slope_nats_per_step", "kl_budget_share", "entropy_nats_per_token")),
     ("length", ("response_tokens_ratio", "length_reward_correlation", "length_reward_correlation_within_prompt",
                 "truncated_fraction")),
     ("text", ("distinct_bigrams_ratio", "longest_repeat_fraction", "compression_ratio", "overused_words_share",
@@ -32,8 +32,8 @@ GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
                   "canary_ks", "canary_z")),
 )  # fmt: skip
 """By what they are about; one that is named nowhere here is shown under "other"."""
-_STEPS_OWN: Final = ("proxy_z", "kl_nats_per_sequence", "entropy_nats_per_token", "truncated_fraction", "clip_fraction",
-                     "behaviour_gap_max_nats")  # fmt: skip
+_STEPS_OWN: Final = ("proxy_z", "kl_nats_per_sequence", "kl_budget_share", "entropy_nats_per_token",
+                     "truncated_fraction", "clip_fraction", "behaviour_gap_max_nats")  # fmt: skip
 """Signals that a step's record has under the same name anyway."""
 BY_INTERVAL: Final = frozenset({"win_rate"})
 """Not the value is held against the thresholds but the end of its interval, which a step's record does not have: of

@@ -176,6 +176,8 @@ class Telemetry:
         }
         for name, value in (asdict(stats) | asdict(update)).items():
             record.setdefault(name, value)
+        if (spent := state.kl_budget.spent_share(state.kl)) is not None:
+            record["kl_budget_share"] = spent
         if any(scored.verdicts for scored in rollouts):
             record["flagged_fraction"] = fmean(bool(scored.verdicts) for scored in rollouts)
         if any(scored.weight != 1.0 for scored in rollouts):

@@ -170,6 +170,8 @@ GUARD: Final = [
             "reward_ks", "uncertainty_ratio"),
     signals("Movement of the policy, nats", "kl_nats_per_sequence", "kl_slope_nats_per_step", "entropy_nats_per_token",
             "behaviour_gap_max_nats"),
+    signals("KL budget spent", "kl_budget_share", unit="percentunit",
+            help="Of learner.kl_budget.cumulative_nats_per_sequence, where that is set: past 100 % the run ends"),
     signals("Length", "response_tokens_ratio", "length_reward_correlation", "length_reward_correlation_within_prompt",
             "truncated_fraction"),
     signals("Repetition", "distinct_bigrams_ratio", "longest_repeat_fraction", "compression_ratio"),

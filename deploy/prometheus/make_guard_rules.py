@@ -74,7 +74,10 @@ WATCHED: Final = (
     Watched("kl_nats_per_sequence", f"{VALUE} nats an answer from the reference policy",
             "Close to the limit of 10. Is β at its bound? Lower the KL target or the learning rate."),
     Watched("kl_slope_nats_per_step", f"KL grows by {VALUE} nats a step",
-            "At this pace the budget is gone soon. Raise β, lower the learning rate."),
+            "At this pace it is far from the reference soon. Raise β, lower the learning rate."),
+    Watched("kl_budget_share", f"{SHARE} of the KL budget is spent",
+            "The run ends past 100 %. Lower the learning rate, or allow more: --resume with a larger "
+            "learner.kl_budget.cumulative_nats_per_sequence goes on."),
     Watched("entropy_nats_per_token", f"{VALUE} nats of entropy a token are left",
             "The policy nears saying one thing only. Raise β or learner.entropy_bonus."),
     Watched("response_tokens_ratio", f"answers are {VALUE} times as long as the reference's",

@@ -140,6 +140,11 @@ class KlBudget:
             return 1.0
         return max(MIN_SCALE, self.start + (1.0 - self.start) * step / self.widen_steps)
 
+    def spent_share(self, state: KlState) -> float | None:
+        """The policy's summed movement over the bound; None without one. Example: 2 nats of 8: 0.25."""
+        limit = self.cumulative_nats_per_sequence
+        return None if limit is None else state.cumulative_nats_per_sequence / limit
+
     def is_spent(self, state: KlState) -> bool:
         """Whether the policy's summed movement has passed the bound."""
         limit = self.cumulative_nats_per_sequence

@@ -23,6 +23,8 @@ from learner.guard.record import Action, Decision, Level, Reading, RollBack, Ver
 from learner.guard.verdict import MEASURED, VerdictState, judge, over_threshold
 
 SAMPLES_SHOWN: Final = 8
+BUDGETS: Final = frozenset(("kl_budget_share",))
+"""What is nearly used up speaks of the run's end and not against the policy: its checkpoints are good all the same."""
 
 
 class View(Protocol):
@@ -107,7 +109,7 @@ class Guard(Generic[ViewT]):
         )
         actions, self._actions = plan(verdict, self._actions, section=self.section, now=now)
         over = over_threshold({**reading.values, **self._watched.judged}, section=self.section)
-        good = verdict.level is Level.OK and not over and not actions
+        good = {*verdict.warn, *verdict.act, *over} <= BUDGETS and not actions
         shown = Reading({**reading.values, **self._watched.shown}, reading.words)
         self._decision = Decision(reading=shown, verdict=verdict, actions=actions, good=good)
         self._keep_samples(view, verdict, at=at)

@@ -15,13 +15,15 @@ import numpy as np
 RECORDED: Final = (
     "proxy_z",
     "kl_nats_per_sequence",
+    "kl_budget_share",
     "entropy_nats_per_token",
     "clip_fraction",
     "ratio_tail_fraction",
     "behaviour_gap_max_nats",
     "value_error_ratio",
 )
-"""Signals that the step's record holds as they are: learner/experience.py, learner/update_stats.py."""
+"""Signals that the step's record holds as they are: learner/experience.py, learner/update_stats.py,
+learner/telemetry.py."""
 SLOPE_STEPS: Final = 10
 """Window of the KL's slope."""
 MIN_SLOPE_STEPS: Final = 5

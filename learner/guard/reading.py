@@ -35,7 +35,8 @@ class StepView:
 
     `step`: updates done, this one included, from 1. `prompts`: as they were read; `prompt_ids`: their names. `texts`:
     the answers, decoded. `rewards`: raw. `spreads`: standard deviation over the ensemble's members, 0 for a single
-    model. `record`: the numbers of ExperienceStats and UpdateStats by name, and proxy_z.
+    model. `record`: the numbers of ExperienceStats and UpdateStats by name, proxy_z, and kl_budget_share
+    where there is a budget.
     """
 
     step: int

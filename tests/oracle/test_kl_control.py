@@ -105,6 +105,12 @@ def test_budget_is_spent_past_its_bound_only() -> None:
     assert not KlBudget().is_spent(KlState(0.1, 1e9))
 
 
+def test_the_spent_share_is_of_the_bound_and_past_1_once_it_is_spent() -> None:
+    budget = KlBudget(cumulative_nats_per_sequence=8.0)
+    assert [budget.spent_share(KlState(0.1, spent)) for spent in (0.0, 2.0, 8.0, 10.0)] == [0.0, 0.25, 1.0, 1.25]
+    assert KlBudget().spent_share(KlState(0.1, 1e9)) is None
+
+
 def test_controllers_from_the_configuration() -> None:
     assert kl_controller(config.FixedKl(beta=0.2)) == FixedKl(beta=0.2)
     adaptive = kl_controller(config.AdaptiveKl(target_nats_per_sequence=5.0))

@@ -19,17 +19,25 @@ from cluster.streams import StreamName
 from cluster.streams_memory import MemoryStreams
 from cluster.weights import MemoryWeightChannel
 from configs.guard import Above, Thresholds
+from configs.learner import KlBudget
 from configs.run import RunConfig
+from learner.follow import Follower
 from learner.guard.record import Alert, Halt, RaiseBeta, RollBack
 from learner.guarded import MakeGuard, make_guard
 from learner.learner_actor import LearnerActor
 from learner.loop import Ending, train
+from learner.ranks import Ranks
 from learner.state import LearnerState
+from learner.team import Team
 from learner.telemetry import Telemetry
+from learner.trainer import Trainer
 from tests.guard_support import ScriptedGuard, alarm
+from tests.ranks_support import on_ranks
 from tests.run_support import prepare_run
 
 STEPS = 8
+BUDGET_NATS = 0.009
+"""About two steps' movement of these models."""
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +59,10 @@ def config(prepared: RunConfig, tmp_path: Path) -> RunConfig:
 class World:
     """A learner with its loop, and one who answers its prompts."""
 
-    def __init__(self, config: RunConfig, guarded_by: MakeGuard) -> None:
+    def __init__(self, config: RunConfig, guarded_by: MakeGuard, team: Team | None = None) -> None:
         self.streams, self.channel = MemoryStreams(), MemoryWeightChannel()
         self.state = LearnerState.build(
-            config, run_dir=config.run_dir, streams=self.streams, channel=self.channel, guarded_by=guarded_by
+            config, run_dir=config.run_dir, streams=self.streams, channel=self.channel, team=team, guarded_by=guarded_by
         )
         process = SimpleNamespace(
             registry=CollectorRegistry(),
@@ -172,9 +180,44 @@ async def test_the_guard_itself_rolls_a_run_back_and_halts_it(config: RunConfig)
     records = lines(config.run_dir / "metrics.jsonl")
     assert records[-1]["guard"]["act"] == ["kl_nats_per_sequence"]
     assert "kl_nats_per_sequence" in records[-1]["signals"]
+    assert all("kl_budget_share" not in record["signals"] for record in records), "there is no budget"
     assert all(record["guard_seconds"] > 0 for record in records)
     moments = {sample["moment"] for sample in lines(config.run_dir / "guard_samples.jsonl")}
     assert {"start", "alarm", "after_rollback"} <= moments
+
+
+def spend(ranks: Ranks, config: RunConfig) -> str:
+    """A run under the guard on several ranks. How it ended, on each of them."""
+    trainer = Trainer(config, run_dir=config.run_dir, ranks=ranks)
+    if ranks.rank > 0:
+        follower = Follower(trainer, beat=lambda: None)
+        follower.until_ready()
+        return follower.until_end()
+    world = World(config, make_guard, Team(trainer))
+    ending = asyncio.run(world.train())
+    world.state.team.end(ending)
+    return ending
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("size", [1, 2])
+async def test_the_guard_warns_before_the_kl_budget_is_spent(config: RunConfig, size: int) -> None:
+    thresholds = Thresholds(kl_budget_share=Above(warn=0.2))
+    guard = {"enabled": True, "actions": ("alert",), "thresholds": thresholds, "warmup_steps": 0, "patience_steps": 1}
+    budget = KlBudget(cumulative_nats_per_sequence=BUDGET_NATS)
+    config = config.model_copy(
+        update={"guard": config.guard.model_copy(update=guard),
+                "learner": config.learner.model_copy(update={"kl_budget": budget})}
+    )  # fmt: skip
+    endings = on_ranks(spend, config, size=size) if size > 1 else [await World(config, make_guard).train()]
+    assert endings == [Ending.KL_BUDGET_SPENT] * size
+    records = lines(config.run_dir / "metrics.jsonl")
+    shares = [record["signals"]["kl_budget_share"] for record in records]
+    assert shares == [record["kl_cumulative_nats_per_sequence"] / BUDGET_NATS for record in records]
+    assert 0.2 < shares[-2] <= 1.0 < shares[-1], "it ends with the step that spends the last of it, and not before"
+    assert ["kl_budget_share" in record["guard"]["warn"] for record in records] == [share > 0.2 for share in shares]
+    alerts = [event for event in lines(config.run_dir / "guard.jsonl") if event.get("action") == "alert"]
+    assert any("kl_budget_share" in event["why"] for event in alerts)
 
 
 async def test_measurements_reach_the_guard_of_the_first_rank(config: RunConfig) -> None:

@@ -68,6 +68,16 @@ def test_finished_stages_keep_their_settings_and_more_steps_reopen_ppo(tmp_path:
         assert not run.done("evaluate")
 
 
+def test_another_kl_budget_reopens_ppo(tmp_path: Path) -> None:
+    spent = "learner.kl_budget.cumulative_nats_per_sequence=5"
+    with open_run(config(tmp_path, spent), resume=False, fresh=False) as run, run.stage("ppo"):
+        pass
+    with open_run(config(tmp_path, spent), resume=True, fresh=False) as run:
+        assert run.done("ppo")
+    with open_run(config(tmp_path, spent.replace("5", "8")), resume=True, fresh=False) as run:
+        assert not run.done("ppo")
+
+
 def test_a_resumed_run_keeps_its_rules(tmp_path: Path) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text("rules: []")

@@ -137,6 +137,14 @@ def test_over_a_threshold_is_not_good_before_patience_ends(make: MakeScene) -> N
     assert [scene.observe(kl_nats_per_sequence=kl).good for kl in (7.9, 8.1, 11.0, 7.9)] == [True, False, False, True]
 
 
+def test_a_budget_that_is_nearly_spent_leaves_checkpoints_good(make: MakeScene) -> None:
+    scene = make(patience_steps=1)
+    told, decision = (scene.observe(kl_nats_per_sequence=1.0, kl_budget_share=0.9) for _ in range(2))
+    assert [type(action) for action in told.actions] == [Alert]
+    assert (decision.verdict.warn, decision.good) == (("kl_budget_share",), True)
+    assert not scene.observe(kl_nats_per_sequence=9.0, kl_budget_share=0.9).good
+
+
 def test_alarm_rolls_back_raises_beta_and_is_told(scene: Scene) -> None:
     scene.observe(kl_nats_per_sequence=1.0)
     scene.reader.words = ("fantastic",)

@@ -67,6 +67,7 @@ def view(step: int, rng: random.Random, *, count: int = 64, each: int = 2) -> St
         record={
             "proxy_z": 0.1,
             "kl_nats_per_sequence": 0.2 * step,
+            "kl_budget_share": 0.01 * step,
             "entropy_nats_per_token": 0.5,
             "clip_fraction": 0.1,
             "ratio_tail_fraction": 0.0,
@@ -86,6 +87,7 @@ def test_every_signal_of_the_settings_is_read_and_no_other() -> None:
     assert set(reading.values) == set(Thresholds.model_fields) - MEASURED
     assert reading.words == ()
     assert reading.values["kl_slope_nats_per_step"] == pytest.approx(0.2)
+    assert reading.values["kl_budget_share"] == 0.06
     assert reading.values["uncertainty_ratio"] == pytest.approx(1.0)
     assert all(math.isfinite(value) for value in reading.values.values())
 
@@ -135,9 +137,18 @@ def test_after_a_reset_windows_start_anew_and_the_start_stays() -> None:
 def test_an_empty_batch_tells_its_record_alone() -> None:
     empty = StepView.of([], prompts=[], texts=[], step=1, record=view(1, random.Random(0), count=2).record)
     assert set(reader(reference(random.Random(0))).read(empty).values) == {
-        "proxy_z", "kl_nats_per_sequence", "entropy_nats_per_token", "clip_fraction", "ratio_tail_fraction",
-        "behaviour_gap_max_nats", "value_error_ratio",
+        "proxy_z", "kl_nats_per_sequence", "kl_budget_share", "entropy_nats_per_token", "clip_fraction",
+        "ratio_tail_fraction", "behaviour_gap_max_nats", "value_error_ratio",
     }  # fmt: skip
+
+
+def test_a_share_of_no_budget_is_absent() -> None:
+    rng = random.Random(0)
+    seen = view(1, rng)
+    record = {name: value for name, value in seen.record.items() if name != "kl_budget_share"}
+    values = reader(reference(rng)).read(replace(seen, record=record)).values
+    assert "kl_budget_share" not in values
+    assert "kl_nats_per_sequence" in values
 
 
 def test_odd_answers_raise_nothing() -> None:
