@@ -43,6 +43,18 @@ def test_a_planted_fault_is_named(tmp_path: Path, name: str, seed: int) -> None:
     assert len(found.recommendations) >= 2
 
 
+def test_a_reward_that_is_had_to_the_full_is_not_called_constant(tmp_path: Path) -> None:
+    run = runs.no_penalty(0)
+    step = np.arange(runs.STEPS)
+    for name in ("reward_std", "reward_std_ratio"):
+        run.series[name] = run.series[name] * 0.9 ** np.minimum(step, 45)
+    for name in ("reward_mean", "proxy_z"):
+        run.series[name] = np.where(step < 20, run.series[name], run.series[name][20])
+    found = diagnosed(run, tmp_path / "run")
+    assert found.best.name == "beta_too_low"
+    assert "constant_reward" not in [match.name for match in found.matches]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_clean_run_is_healthy(tmp_path: Path, seed: int) -> None:
     found = diagnosed(runs.clean(seed), tmp_path / "run")

@@ -16,6 +16,8 @@ from keel.diagnose.record import RunRecord, Values
 
 _DEAD: Final = 1e-4
 """Standard deviation over the mean's size (or 1), under which a reward is one number and rounding."""
+_RISEN: Final = 0.5
+"""Standard deviations of the first step: a reward that is flat so far up was not dead, but all of it was had."""
 _BEFORE, _AFTER = 5, 3
 """Steps that a jump is seen against, and on."""
 _SETTLED: Final = 4
@@ -40,13 +42,19 @@ class ConstantReward:
         one_number = bool(dead[at].all()) and float(np.nanmax(levels) - np.nanmin(levels)) <= _DEAD * max(
             1.0, abs(float(np.nanmedian(levels)))
         )
-        strength = 0.99 if one_number else 0.9 if dead[at].all() else 0.7
+        risen = (float(np.nanmedian(levels)) - start_and_end(mean)[0]) / max(float(known(spread)[0]), 1e-9)
+        topped_out = risen > _RISEN and not dead[at].all()
+        strength = 0.99 if one_number else 0.9 if dead[at].all() else 0.4 if topped_out else 0.7
         sentences = [
             f"in {len(at)} of {len(flat)} steps, from step {record.steps[first]} to {record.steps[last]}, the rewards "
             f"of a batch had a standard deviation of {np.nanmax(spread[at]):.2g}"
         ]
         if one_number:
             sentences.append(f"every answer was paid {np.nanmedian(levels):.4g}, whatever it said")
+        if topped_out:
+            sentences.append(
+                f"it had risen by {risen:.1f} standard deviations: all answers are alike, and top its scale"
+            )
         gradient = record.values("grad_norm_policy")[at]
         if len(known(gradient)):
             sentences.append(f"the policy's gradient norm was {np.nanmedian(gradient):.2g} meanwhile")
