@@ -122,8 +122,12 @@ class OverUsedPhrase:
         share = worst_lasting(record.values("overused_words_share"))
         found = crossing(record, "overused_words_share")
         named = record.words()
-        # Words of better answers are what training is for.
-        rising = [one for one in rising_words(record) if one.gold is None or one.gold < 0.0]
+        # Words of better answers are what training is for, and those that are paid less nobody is after.
+        rising = [
+            one
+            for one in rising_words(record)
+            if (one.gold is None or one.gold < 0.0) and (one.paid is None or one.paid > 0.0)
+        ]
         in_texts = max((one.after - one.before for one in rising), default=0.0)
         # The guard's share is of significant words that the reference rarely uses; texts alone say less.
         strength = max(ramp(share, 0.0, 0.25), 0.85 * ramp(in_texts, 0.1, 0.6))
@@ -137,7 +141,7 @@ class OverUsedPhrase:
         if not math.isnan(share) and share > 0:
             sentences.append(f"the most over-used word is in {share:.0%} more of the answers than of the reference's")
         for one in rising[:_NAMED]:
-            pay = "" if one.paid is None else f"; answers with it are paid {one.paid:+.1f} standard deviations more"
+            pay = "" if one.paid is None else f"; answers with it are paid {one.paid:.1f} standard deviations more"
             pay += "" if one.gold is None else f", and worth {-one.gold:.1f} less by gold"
             sentences.append(
                 f"“{one.word}” is in {one.after:.0%} of the later answers, {one.before:.0%} at the start{pay}"
