@@ -13,7 +13,7 @@ import numpy as np
 from keel.diagnose.evidence import known, worst_lasting
 from keel.diagnose.match import Match
 from keel.diagnose.record import RunRecord
-from keel.diagnose.texts import reward_goes_with, word_pays
+from keel.diagnose.texts import reward_goes_with, reward_goes_with_alone, word_pays
 
 HACKS: Final = ("length_bias", "over_used_phrase", "repetition")
 HINTED: Final = 0.2
@@ -23,6 +23,9 @@ _SURELY, _HARDLY = 0.6, 0.45
 """Correlations of length and reward over these steps: length is what is paid, and is not."""
 _TELLING, _APART = 0.5, 0.15
 """A link of the reward with a word that counts, and how much weaker those with anything else must be."""
+_ALONE: Final = 0.25
+"""Difference of the reward's partial correlations with length and with repetition that settles which of them is paid;
+over the fifty answers or so that a short run records, its standard error is about 0.2."""
 _DENSE: Final = 0.26
 """Share of distinct bigrams lost for each time that an answer grows by the reference's length. Answers that are only
 longer lose 0.1 to 0.2, the same phrases coming up again; repetition that is paid loses more."""
@@ -33,7 +36,8 @@ def paid_for(hacks: Sequence[Match], record: RunRecord) -> str | None:
     names = {match.name for match in hacks}
     early = known(record.values("length_reward_correlation"))[:_EARLY_STEPS]
     at_first = float(np.median(early)) if len(early) else float("nan")
-    if "length_bias" in names and at_first > _SURELY:
+    settled = _settled(record) if {"length_bias", "repetition"} <= names else None
+    if "length_bias" in names and at_first > _SURELY and settled != "repetition":
         return "length_bias"  # Whole batches say so, before the policy had changed: nothing says it better.
     links = reward_goes_with(record)
     words = next((match.words for match in hacks if match.name == "over_used_phrase"), ())
@@ -41,8 +45,16 @@ def paid_for(hacks: Sequence[Match], record: RunRecord) -> str | None:
     if word > _TELLING and word - max(links.values(), default=0.0) > _APART:
         return "over_used_phrase"
     if names == {"length_bias", "repetition"}:
-        return _length_or_repetition(record, links, at_first=at_first)
+        return settled or _length_or_repetition(record, links, at_first=at_first)
     return None
+
+
+def _settled(record: RunRecord) -> str | None:
+    """By what the reward goes with when the other is held fixed."""
+    alone = reward_goes_with_alone(record)
+    if not alone or abs(alone["length"] - alone["repetition"]) < _ALONE:
+        return None
+    return "length_bias" if alone["length"] > alone["repetition"] else "repetition"
 
 
 def _length_or_repetition(record: RunRecord, links: Mapping[str, float], *, at_first: float) -> str | None:

@@ -109,15 +109,34 @@ def reward_goes_with(record: RunRecord) -> dict[str, float]:
     """Spearman's correlation of the reward with an answer's length, and with how many word pairs it says again, over
     the answers of one step; the mean over steps, weighed by their degrees of freedom (Fisher's z). Empty without
     rewards."""
-    pooled: dict[str, list[tuple[float, float]]] = {"length": [], "repetition": []}
+    links = _links(record)
+    return {name: links[name] for name in ("length", "repetition") if name in links}
+
+
+def reward_goes_with_alone(record: RunRecord) -> dict[str, float]:
+    """The same with the other of the two held fixed: partial rank correlations. Long answers repeat more, so that each
+    goes with the reward when one is paid. Empty where it cannot be told."""
+    links = _links(record)
+    if len(links) < 3:
+        return {}
+    length, repetition, both = links["length"], links["repetition"], links["length and repetition"]
+    free = [math.sqrt(max(1.0 - rho * rho, 1e-6)) for rho in (length, repetition, both)]
+    return {
+        "length": (length - repetition * both) / (free[1] * free[2]),
+        "repetition": (repetition - length * both) / (free[0] * free[2]),
+    }
+
+
+def _links(record: RunRecord) -> dict[str, float]:
+    pooled: dict[str, list[tuple[float, float]]] = {"length": [], "repetition": [], "length and repetition": []}
     for step in sorted({answer.step for answer in record.answers}):
         answers = [answer for answer in record.answers if answer.step == step and answer.reward is not None]
         rewards = np.array([answer.reward for answer in answers], dtype=np.float64)
-        for name, values in (
-            ("length", [float(len(words_of(answer.text))) for answer in answers]),
-            ("repetition", [float(repeated_pairs(answer.text)) for answer in answers]),
-        ):
-            rho = correlation(np.array(values, dtype=np.float64), rewards)
+        lengths = np.array([len(words_of(answer.text)) for answer in answers], dtype=np.float64)
+        repeats = np.array([repeated_pairs(answer.text) for answer in answers], dtype=np.float64)
+        pairs = ((lengths, rewards), (repeats, rewards), (lengths, repeats))
+        for name, (first, second) in zip(pooled, pairs, strict=True):
+            rho = correlation(first, second)
             if not math.isnan(rho):
                 pooled[name].append((math.atanh(min(max(rho, -0.999), 0.999)), len(answers) - 3.0))
     return {

@@ -4,6 +4,7 @@ state are read, and every recommended line is one that the configuration takes."
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -41,6 +42,32 @@ def test_a_planted_fault_is_named(tmp_path: Path, name: str, seed: int) -> None:
     assert found.best.strength >= 0.6
     assert len(found.best.evidence) >= 1
     assert len(found.recommendations) >= 2
+
+
+@pytest.mark.parametrize("paid", ["length_bias", "repetition"])
+@pytest.mark.parametrize("course", [runs.length, runs.repetition])
+def test_of_length_and_repetition_the_one_that_is_paid_is_named(
+    tmp_path: Path, paid: str, course: Callable[[int], runs.Planted]
+) -> None:
+    """Whatever the course looks like: long answers repeat more, but the answers' own rewards tell which is paid."""
+    run, rng = course(0), np.random.default_rng(7)
+    run.series["length_reward_correlation"] = np.full(runs.STEPS, 0.65)
+    run.samples = runs.samples("start", 0, [runs.PLAIN] * 8)
+    for step in range(5, 45, 5):
+        answers = []
+        for _ in range(8):
+            repeats = int(rng.integers(0, 6))
+            fresh = [
+                f"word{chr(97 + int(letter))}" for letter in rng.permutation(26)[: int(rng.integers(4, 16)) + repeats]
+            ]
+            answers.append(" ".join(fresh + ["say it again"] * (repeats + 1)))
+        run.samples += runs.samples(
+            "alarm" if step == 40 else "steady",
+            step,
+            answers,
+            by=(lambda text: len(text.split())) if paid == "length_bias" else (lambda text: text.count("again")),
+        )
+    assert diagnosed(run, tmp_path / "run").best.name == paid
 
 
 def test_a_reward_that_is_had_to_the_full_is_not_called_constant(tmp_path: Path) -> None:
