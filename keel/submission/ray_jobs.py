@@ -8,15 +8,17 @@ silent. Always holds: what `follow` has written it does not write again, also af
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from cluster.errors import ConfigError, DeadlineError, SupervisionError
@@ -26,11 +28,31 @@ REQUEST_TIMEOUT_S: Final = 120.0
 RECONNECT_S: Final = 120.0
 _SILENCE_S: Final = 15.0
 _RETRY_S: Final = 1.0
+_CLOSE_S: Final = 5.0
 _ENDED: Final = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _TOKEN_HELP: Final = (
     "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (or RAY_AUTH_TOKEN); "
     "RAY_AUTH_MODE=disabled for a cluster without one"
 )
+
+
+_T = TypeVar("_T")
+
+
+async def in_own_thread(call: Callable[..., _T], *arguments: Any) -> _T:
+    """What a blocking call returns. Nobody waits for its thread at the end, as for those of asyncio.to_thread: Ctrl-C
+    does not last as long as a slow server's answer."""
+    done: concurrent.futures.Future[_T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            done.set_result(call(*arguments))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="ray-jobs", daemon=True).start()
+    return await asyncio.wrap_future(done)
 
 
 @dataclass(frozen=True)
@@ -124,9 +146,9 @@ class RayJobs:
         while True:
             try:
                 written = await self._tail(job, written=written, write=write)
-                state = await asyncio.to_thread(self.state, job)
+                state = await in_own_thread(self.state, job)
                 if state.ended:
-                    write((await asyncio.to_thread(self.log, job))[written:])
+                    write((await in_own_thread(self.log, job))[written:])
                     return state
                 answered_s = time.monotonic()
             except SupervisionError:
@@ -147,7 +169,7 @@ class RayJobs:
                 pending = pending or asyncio.ensure_future(anext(lines))
                 done, _ = await asyncio.wait([pending], timeout=_SILENCE_S)
                 if not done:
-                    if (await asyncio.to_thread(self.state, job)).ended:
+                    if (await in_own_thread(self.state, job)).ended:
                         return written
                     continue
                 text, pending = pending.result(), None
@@ -159,7 +181,7 @@ class RayJobs:
         finally:
             if pending is not None:
                 pending.cancel()
-                await asyncio.wait([pending])
+                await asyncio.wait([pending], timeout=_CLOSE_S)
 
     @contextmanager
     def _translated(self, job: str | None = None) -> Iterator[None]:

@@ -21,7 +21,7 @@ from configs.load import load_config
 from keel.submission import package as submit_package
 from keel.submission.options import SubmitOptions
 from keel.submission.package import CONFIG_NAME, plan_package, write_package
-from keel.submission.ray_jobs import JobState, RayJobs
+from keel.submission.ray_jobs import JobState, RayJobs, in_own_thread
 from keel.submission.submit import Secret, entrypoint, parse_secret, read_env_file, submit
 
 RUNS = "runs_dir=/shared/runs"
@@ -281,3 +281,17 @@ def test_what_no_cluster_can_run_is_not_submitted(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="no cluster can run this") as caught:
         submit(options)
     assert "rollout.kv_cache_gib=" in str(caught.value)
+
+
+def test_an_interrupt_does_not_wait_for_a_slow_server() -> None:
+    answered = threading.Event()
+    began_s = time.monotonic()
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(in_own_thread(answered.wait, 30.0), timeout=0.1))
+    assert time.monotonic() - began_s < 10.0
+    answered.set()
+
+
+def test_what_a_call_in_its_own_thread_raises_arrives() -> None:
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(in_own_thread(lambda: 1 // 0))
