@@ -44,8 +44,10 @@ def paid_for(hacks: Sequence[Match], record: RunRecord) -> str | None:
     word = word_pays(record, words) or 0.0
     if word > _TELLING and word - max(links.values(), default=0.0) > _APART:
         return "over_used_phrase"
+    if settled is not None and max(hacks, key=lambda match: match.strength).name != "over_used_phrase":
+        return settled
     if names == {"length_bias", "repetition"}:
-        return settled or _length_or_repetition(record, links, at_first=at_first)
+        return _length_or_repetition(record, links, at_first=at_first)
     return None
 
 

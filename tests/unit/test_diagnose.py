@@ -46,11 +46,14 @@ def test_a_planted_fault_is_named(tmp_path: Path, name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("paid", ["length_bias", "repetition"])
 @pytest.mark.parametrize("course", [runs.length, runs.repetition])
+@pytest.mark.parametrize("phrase_share", [0.0, 0.1])
 def test_of_length_and_repetition_the_one_that_is_paid_is_named(
-    tmp_path: Path, paid: str, course: Callable[[int], runs.Planted]
+    tmp_path: Path, paid: str, course: Callable[[int], runs.Planted], phrase_share: float
 ) -> None:
-    """Whatever the course looks like: long answers repeat more, but the answers' own rewards tell which is paid."""
+    """Whatever the course looks like: long answers repeat more, but the answers' own rewards tell which is paid. Also
+    where a phrase has come up beside them."""
     run, rng = course(0), np.random.default_rng(7)
+    run.series["overused_words_share"] = np.full(runs.STEPS, phrase_share)
     run.series["length_reward_correlation"] = np.full(runs.STEPS, 0.65)
     run.samples = runs.samples("start", 0, [runs.PLAIN] * 8)
     for step in range(5, 45, 5):
