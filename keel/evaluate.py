@@ -18,8 +18,8 @@ from cluster.reward_models import RewardModels
 from cluster.supervise import RolePool
 from configs.guard import WatchSection
 from configs.run import RunConfig
+from keel.background import in_background
 from keel.comparison import Reference, function_judge, outcomes, reference_answers
-from keel.online.watch_asking import in_background
 from keel.roles import Roles
 from keel.runtime import Runtime
 from keel.sampling import Answer, Question, answer_all, load_questions

@@ -58,8 +58,6 @@ def run_pipeline(config: RunConfig, *, resume: bool, fresh: bool) -> int:
                 log.info("stopped at once", exc_info=True)
                 print("keel: stopped at once; earlier checkpoints are kept, --resume goes on from the last", flush=True)
                 return INTERRUPTED_EXIT_CODE
-            except HaltedRun:
-                raise
             except Exception:
                 log.exception("the run ended")  # For keel diagnose, which cannot ask the terminal.
                 raise

@@ -28,10 +28,10 @@ from cluster.files import Json, JsonlWriter, atomic_write_text, read_jsonl
 from cluster.reward_models import RewardModels
 from cluster.supervise import RolePool
 from configs.run import RefreshSection
+from keel.background import in_background
 from keel.online.fresh_pairs import FreshPair, PairSampler, fresh_files
 from keel.online.judges import PairJudge, make_judge
 from keel.online.trainer import RayTrainer, Trainer
-from keel.online.watch_asking import in_background
 from keel.roles import Roles
 from keel.rundir import append_progress
 from keel.runtime import Runtime

@@ -25,9 +25,10 @@ from cluster.errors import DeadlineError
 from cluster.files import Json, JsonlWriter, read_jsonl
 from cluster.plugin import resolve
 from configs.guard import WatchSection
+from keel.background import in_background
 from keel.comparison import function_judge, judge_name, outcomes
 from keel.online.judges import PEOPLE
-from keel.online.watch_asking import Asker, T, Work, in_background
+from keel.online.watch_asking import Asker, T, Work
 from keel.online.watch_people import People, people_win_rate
 from keel.online.watch_start import Baseline, take_baseline
 from keel.roles import Roles

@@ -1,5 +1,4 @@
-"""What a measurement beside training asks of a run's roles: answers, rewards, log-probabilities of texts; and calls
-that may take long, on a thread of their own.
+"""What a measurement beside training asks of a run's roles: answers, rewards, log-probabilities of texts.
 
 Consumes: actors and reward workers. Produces: their answers. Waits: never; each method is a generator that yields while
 something is out. Who unblocks it: the roles' answers or deaths; the caller's deadline, which throws into the generator.
@@ -10,9 +9,7 @@ what is given up is taken back from the roles, so that they never work on more t
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Final, TypeVar, cast
 
 from cluster.errors import DataError
@@ -97,17 +94,3 @@ class Asker:
         for reference in asked:
             with contextlib.suppress(ray.exceptions.RayError):  # Of a process that is gone, or of Ray itself.
                 ray.cancel(reference)
-
-
-def in_background(call: Callable[[], T], *, name: str) -> Future[T]:
-    """Its result to come. The thread is a daemon: the driver ends whether or not the call does."""
-    job: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            job.set_result(call())
-        except Exception as error:  # A user's function: it may raise anything.
-            job.set_exception(error)
-
-    threading.Thread(target=work, name=name, daemon=True).start()
-    return job

@@ -8,11 +8,9 @@ silent. Always holds: what `follow` has written it does not write again, also af
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from cluster.errors import ConfigError, DeadlineError, SupervisionError
+from keel.background import in_background
 
 CONNECT_TIMEOUT_S: Final = 10.0
 REQUEST_TIMEOUT_S: Final = 120.0
@@ -37,22 +36,6 @@ _TOKEN_HELP: Final = (
 
 
 _T = TypeVar("_T")
-
-
-async def in_own_thread(call: Callable[..., _T], *arguments: Any) -> _T:
-    """What a blocking call returns. Nobody waits for its thread at the end, as for those of asyncio.to_thread: Ctrl-C
-    does not last as long as a slow server's answer."""
-    done: concurrent.futures.Future[_T] = concurrent.futures.Future()
-    done.set_running_or_notify_cancel()
-
-    def work() -> None:
-        try:
-            done.set_result(call(*arguments))
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=work, name="ray-jobs", daemon=True).start()
-    return await asyncio.wrap_future(done)
 
 
 @dataclass(frozen=True)
@@ -146,9 +129,9 @@ class RayJobs:
         while True:
             try:
                 written = await self._tail(job, written=written, write=write)
-                state = await in_own_thread(self.state, job)
+                state = await self._asked(self.state, job)
                 if state.ended:
-                    write((await in_own_thread(self.log, job))[written:])
+                    write((await self._asked(self.log, job))[written:])
                     return state
                 answered_s = time.monotonic()
             except SupervisionError:
@@ -169,7 +152,7 @@ class RayJobs:
                 pending = pending or asyncio.ensure_future(anext(lines))
                 done, _ = await asyncio.wait([pending], timeout=_SILENCE_S)
                 if not done:
-                    if (await in_own_thread(self.state, job)).ended:
+                    if (await self._asked(self.state, job)).ended:
                         return written
                     continue
                 text, pending = pending.result(), None
@@ -182,6 +165,10 @@ class RayJobs:
             if pending is not None:
                 pending.cancel()
                 await asyncio.wait([pending], timeout=_CLOSE_S)
+
+    async def _asked(self, call: Callable[[str], _T], job: str) -> _T:
+        """Ctrl-C does not last as long as a slow server's answer."""
+        return await asyncio.wrap_future(in_background(lambda: call(job), name="ray-jobs"))
 
     @contextmanager
     def _translated(self, job: str | None = None) -> Iterator[None]:

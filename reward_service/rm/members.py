@@ -38,7 +38,7 @@ def fit_all(jobs: Sequence[FitJob], *, parallel: int, threads: int, emit: Emit) 
     pool = ProcessPoolExecutor(side_by_side, mp_context=context, initializer=_begin, initargs=(events,))
     try:
         each = max(1, threads // side_by_side)
-        running = {pool.submit(_fit_there, job, each) for job in jobs}
+        running = [pool.submit(_fit_there, job, each) for job in jobs]
         _watch(running, events=events, emit=emit)
     except BrokenProcessPool as error:
         raise ModelError(
@@ -51,14 +51,17 @@ def fit_all(jobs: Sequence[FitJob], *, parallel: int, threads: int, emit: Emit) 
         events.close()
 
 
-def _watch(running: set[Future[None]], *, events: Any, emit: Emit) -> None:
+def _watch(running: Sequence[Future[None]], *, events: Any, emit: Emit) -> None:
+    """Of errors that come together, the first job's is raised."""
     while running:
-        ended, running = wait(running, timeout=_POLL_S)
+        ended, _ = wait(running, timeout=_POLL_S)
         with contextlib.suppress(queue.Empty):
             while True:
                 emit(events.get_nowait())
-        for future in ended:
-            future.result()
+        for future in running:
+            if future in ended:
+                future.result()
+        running = [future for future in running if future not in ended]
 
 
 _events: Any = None

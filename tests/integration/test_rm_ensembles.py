@@ -125,7 +125,7 @@ class Talkative:
         raise DataError("talkative")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(60)
 def test_a_job_whose_progress_nobody_takes_any_more_still_ends(tmp_path: Path) -> None:
     jobs: list[Any] = [Doomed(tmp_path / "failed"), Talkative(tmp_path / "failed")]
     with pytest.raises(DataError, match="doomed"):

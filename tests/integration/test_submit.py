@@ -122,7 +122,7 @@ def test_a_detached_job_goes_on_and_a_stopped_one_saves(cluster: Cluster, prepar
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     wait_for_lines(metrics, 3, process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
     assert "keel submit --stop to-be-stopped" in errors
     code, output, _ = cluster.submit("--status", "to-be-stopped")
