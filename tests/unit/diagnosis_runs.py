@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.load import dump_config, load_config
+from keel.diagnose.record import read_record
+from keel.diagnose.story import Diagnosis, diagnose_record
 
 Values = NDArray[np.float64]
 Series = dict[str, Values]
@@ -276,3 +278,8 @@ _ALWAYS = ("proxy_z", "kl_nats_per_sequence", "entropy_nats_per_token", "truncat
 
 def lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(one) + "\n" for one in records))
+
+
+def diagnosed(run: Planted, path: Path, *, steps: int = STEPS, old: bool = False) -> Diagnosis:
+    """What keel diagnose makes of its first `steps`."""
+    return diagnose_record(read_record(write(run, path, steps=steps, old=old)))

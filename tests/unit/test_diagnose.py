@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -21,14 +20,10 @@ from keel.diagnose.match import Kind, Match, Recommendation
 from keel.diagnose.patterns import PATTERNS
 from keel.diagnose.record import RunRecord, read_record
 from keel.diagnose.render import as_json, markdown
-from keel.diagnose.story import Diagnosis, diagnose_record
+from keel.diagnose.story import diagnose_record
 from tests.unit import diagnosis_runs as runs
 
 SEEDS = range(5)
-
-
-def diagnosed(run: runs.Planted, path: Path, *, steps: int = runs.STEPS, old: bool = False) -> Diagnosis:
-    return diagnose_record(read_record(runs.write(run, path, steps=steps, old=old)))
 
 
 # ---------------------------------------------------------------- planted faults, clean runs
@@ -37,7 +32,7 @@ def diagnosed(run: runs.Planted, path: Path, *, steps: int = runs.STEPS, old: bo
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", runs.PLANTED)
 def test_a_planted_fault_is_named(tmp_path: Path, name: str, seed: int) -> None:
-    found = diagnosed(runs.PLANTED[name](seed), tmp_path / "run")
+    found = runs.diagnosed(runs.PLANTED[name](seed), tmp_path / "run")
     assert found.best.name == name, [(match.name, match.strength) for match in found.matches]
     assert found.best.strength >= 0.6
     assert len(found.best.evidence) >= 1
@@ -70,7 +65,7 @@ def test_of_length_and_repetition_the_one_that_is_paid_is_named(
             answers,
             by=(lambda text: len(text.split())) if paid == "length_bias" else (lambda text: text.count("again")),
         )
-    assert diagnosed(run, tmp_path / "run").best.name == paid
+    assert runs.diagnosed(run, tmp_path / "run").best.name == paid
 
 
 def test_a_reward_that_is_had_to_the_full_is_not_called_constant(tmp_path: Path) -> None:
@@ -80,14 +75,14 @@ def test_a_reward_that_is_had_to_the_full_is_not_called_constant(tmp_path: Path)
         run.series[name] = run.series[name] * 0.9 ** np.minimum(step, 45)
     for name in ("reward_mean", "proxy_z"):
         run.series[name] = np.where(step < 20, run.series[name], run.series[name][20])
-    found = diagnosed(run, tmp_path / "run")
+    found = runs.diagnosed(run, tmp_path / "run")
     assert found.best.name == "beta_too_low"
     assert "constant_reward" not in [match.name for match in found.matches]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_clean_run_is_healthy(tmp_path: Path, seed: int) -> None:
-    found = diagnosed(runs.clean(seed), tmp_path / "run")
+    found = runs.diagnosed(runs.clean(seed), tmp_path / "run")
     assert [match.name for match in found.matches] == ["healthy"]
     assert found.first_sign is None
     assert found.recommendations == ()
@@ -96,7 +91,7 @@ def test_a_clean_run_is_healthy(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("name", sorted(set(runs.PLANTED) - {"over_used_phrase", "repetition"}))
 def test_records_of_before_the_guard_say_it_too(tmp_path: Path, name: str) -> None:
     """Without signals: from reward, KL, length, entropy, gold."""
-    assert diagnosed(runs.PLANTED[name](0), tmp_path / "run", old=True).best.name == name
+    assert runs.diagnosed(runs.PLANTED[name](0), tmp_path / "run", old=True).best.name == name
 
 
 @pytest.mark.parametrize(
@@ -104,14 +99,14 @@ def test_records_of_before_the_guard_say_it_too(tmp_path: Path, name: str) -> No
 )
 def test_a_fault_is_named_from_the_steps_up_to_its_detection(tmp_path: Path, name: str, steps: int) -> None:
     """A run that the guard stops early has no more than these."""
-    assert diagnosed(runs.PLANTED[name](0), tmp_path / "run", steps=steps).best.name == name
+    assert runs.diagnosed(runs.PLANTED[name](0), tmp_path / "run", steps=steps).best.name == name
 
 
 def test_a_penalty_that_the_guard_had_to_bring_was_missing(tmp_path: Path) -> None:
     """β = 0 until the guard raised it; then the run went well."""
     run = runs.went_back(runs.no_penalty(0), after=20, like=runs.clean(0))
     run.guard = runs.guard_events(20, "kl_nats_per_sequence", 10.5, to_step=5)
-    assert diagnosed(run, tmp_path / "run").best.name == "beta_too_low"
+    assert runs.diagnosed(run, tmp_path / "run").best.name == "beta_too_low"
 
 
 @pytest.mark.parametrize(("gold", "told"), [(-1.0, True), (1.0, False)])
@@ -134,7 +129,7 @@ def test_rewards_that_gather_while_they_rise_are_no_jump_of_scale(tmp_path: Path
     run = runs.clean(0)
     run.series["reward_std"][29:] *= np.float64(0.3)
     run.series["reward_mean"][29:] *= np.float64(1.8)
-    found = diagnosed(run, tmp_path / "run")
+    found = runs.diagnosed(run, tmp_path / "run")
     every = [*found.matches, *found.weaker]
     assert all("went from" not in match.evidence[0] or match.strength < 0.4 for match in every), every
 
@@ -142,7 +137,7 @@ def test_rewards_that_gather_while_they_rise_are_no_jump_of_scale(tmp_path: Path
 def test_what_harmed_is_told_once(tmp_path: Path) -> None:
     run = runs.clean(0)
     run.series["gold_mean"] = np.concatenate([np.linspace(0, 2, 20), np.linspace(2, -2, runs.STEPS - 20)])
-    told = [finding.text for finding in diagnosed(run, tmp_path / "run").story if "gold fell from" in finding.text]
+    told = [finding.text for finding in runs.diagnosed(run, tmp_path / "run").story if "gold fell from" in finding.text]
     assert len(told) == 1, told
 
 
@@ -156,7 +151,7 @@ def test_movement_is_bounded_where_the_kl_went_off(tmp_path: Path) -> None:
 
 def test_rewards_that_fall_back_with_the_policy_are_no_jump_of_scale(tmp_path: Path) -> None:
     run = runs.went_back(runs.fantastic(0), after=30, like=runs.clean(0))
-    found = diagnosed(run, tmp_path / "run")
+    found = runs.diagnosed(run, tmp_path / "run")
     assert found.best.name == "over_used_phrase"
     assert "reward_scale_jump" not in [match.name for match in found.matches]
 
@@ -166,7 +161,7 @@ def test_a_scale_that_jumps_within_a_batch(tmp_path: Path) -> None:
     run = runs.scale_jump(0)
     run.series["reward_std"][29] *= 0.5
     run.series["reward_mean"][29] *= 0.4
-    best = diagnosed(run, tmp_path / "run").best
+    best = runs.diagnosed(run, tmp_path / "run").best
     assert best.name == "reward_scale_jump"
     assert best.first_step in (30, 31)
 
@@ -188,7 +183,7 @@ def test_length_that_is_paid_is_named_while_the_guard_holds_it(tmp_path: Path) -
     run, clean = runs.length(0), runs.clean(0)
     for name in ("response_tokens_mean", "response_tokens_ratio", "truncated_fraction", "proxy_z", "reward_mean"):
         run.series[name] = clean.series[name]
-    assert diagnosed(run, tmp_path / "run").best.name == "length_bias"
+    assert runs.diagnosed(run, tmp_path / "run").best.name == "length_bias"
 
 
 def test_words_are_named_where_only_texts_tell_them(tmp_path: Path) -> None:
@@ -208,7 +203,7 @@ def test_words_are_named_where_only_texts_tell_them(tmp_path: Path) -> None:
 
 
 def test_the_first_sign_comes_before_the_alarm(tmp_path: Path) -> None:
-    found = diagnosed(runs.length(0), tmp_path / "run")
+    found = runs.diagnosed(runs.length(0), tmp_path / "run")
     assert found.first_sign is not None
     assert 4 <= found.first_sign.step <= 12  # the length begins to grow after step 6
     assert [finding.step for finding in found.story] == sorted(finding.step for finding in found.story)
@@ -217,7 +212,7 @@ def test_the_first_sign_comes_before_the_alarm(tmp_path: Path) -> None:
 def test_the_objective_is_taken_apart(tmp_path: Path) -> None:
     run = runs.no_penalty(0)
     run.series["beta"] = np.full(runs.STEPS, 0.01)
-    found = diagnosed(run, tmp_path / "run")
+    found = runs.diagnosed(run, tmp_path / "run")
     beta = next(match for match in found.matches if match.name == "beta_too_low")
     assert any("outweighed β·KL = 0.01 ×" in sentence and ":1" in sentence for sentence in beta.evidence)
     assert any("the clip bounds each step" in sentence for sentence in beta.evidence)
@@ -229,139 +224,11 @@ def test_an_alarm_is_never_called_healthy(tmp_path: Path) -> None:
     weak.series["overused_words_share"] = np.full(runs.STEPS, 0.018)
     weak.guard = runs.guard_events(40, "overused_words_share", 0.06, to_step=30)
     bare.guard = runs.guard_events(40, "rare_token_fraction", 0.2, to_step=30)
-    found = diagnosed(bare, tmp_path / "bare")
+    found = runs.diagnosed(bare, tmp_path / "bare")
     assert found.best.name == "unexplained_alarm"
     assert "rare_token_fraction" in found.best.evidence[0]
     assert len(found.recommendations) >= 2
-    assert diagnosed(weak, tmp_path / "weak").best.name != "healthy"
-
-
-# ---------------------------------------------------------------- machinery and ends
-
-
-def test_a_failed_critic(tmp_path: Path) -> None:
-    run = runs.clean(0)
-    run.series["value_error_ratio"] = np.full(runs.STEPS, 1.8)
-    assert diagnosed(run, tmp_path / "run").best.name == "critic_failure"
-
-
-def test_engine_and_trainer_that_part_are_seen_on_fresh_samples_alone(tmp_path: Path) -> None:
-    run = runs.clean(0)
-    run.series["behaviour_gap_max_nats"] = np.full(runs.STEPS, 3.0)
-    late = replace(run, series=run.series | {"staleness_mean": np.ones(runs.STEPS)})
-    assert diagnosed(run, tmp_path / "run").best.name == "engine_mismatch"
-    assert diagnosed(late, tmp_path / "late").best.name == "healthy"
-
-
-def test_stale_samples(tmp_path: Path) -> None:
-    run = runs.clean(0)
-    run.series["samples_stale_dropped"] = run.series["samples_issued"] * 0.3
-    assert diagnosed(run, tmp_path / "run").best.name == "staleness"
-
-
-def test_a_judge_that_parts_from_the_reward_model(tmp_path: Path) -> None:
-    run = runs.clean(0)
-    del run.series["gold_mean"]
-    run.evaluations = [
-        {
-            "step": step,
-            "win_rate": rate,
-            "win_rate_low": rate - 0.08,
-            "win_rate_high": rate + 0.08,
-            "rm_judge_agreement": a,
-        }
-        for step, rate, a in ((10, 0.6, 0.8), (30, 0.5, 0.62), (50, 0.3, 0.45))
-    ]
-    best = diagnosed(run, tmp_path / "run").best
-    assert best.name == "rm_judge_disagreement"
-    assert best.first_step == 50
-
-
-def test_answers_that_are_cut_off(tmp_path: Path) -> None:
-    run = runs.clean(0)
-    run.series["truncated_fraction"] = np.full(runs.STEPS, 0.6)
-    found = diagnosed(run, tmp_path / "run")
-    assert found.best.name == "truncation"
-    assert found.best.first_step == 1
-
-
-def test_a_collapsed_policy(tmp_path: Path) -> None:
-    run = runs.clean(0)
-    run.series["entropy_nats_per_token"] = runs.rise(0.5, 0.01, at=10, over=20)
-    run.series["gold_mean"] = np.full(runs.STEPS, 0.5)
-    assert diagnosed(run, tmp_path / "run").best.name == "mode_collapse"
-
-
-@pytest.mark.parametrize(
-    ("log", "name"),
-    [
-        ("cluster.errors.StallError: no rollout came back for 300 s\n  got: 3 tasks issued\n", "stalled"),
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n", "out_of_memory"),
-        ("cluster.errors.NonFiniteError: the policy's loss is not finite\n", "crashed"),
-        ("cluster.errors.ConfigError: model not found\n\nkeel.interrupt.InterruptedRun: stopped\n", "stopped_early"),
-        ("INFO all is well\n", "stopped_early"),
-    ],
-)
-def test_how_a_run_ended(tmp_path: Path, log: str, name: str) -> None:
-    path = runs.write(runs.clean(0), tmp_path / "run", steps=23, finished=False)
-    (path / "logs").mkdir()
-    (path / "logs" / "learner-0.0.log").write_text(log)
-    found = diagnose_record(read_record(path))
-    assert found.best.name == name
-    assert found.best.first_step == 23
-    assert found.state == "ended early"
-
-
-def test_errors_of_a_run_that_finished_say_nothing(tmp_path: Path) -> None:
-    path = runs.write(runs.clean(0), tmp_path / "run")
-    (path / "logs").mkdir()
-    (path / "logs" / "reward-0.log").write_text("cluster.errors.StreamError: the server is away\n")
-    assert diagnose_record(read_record(path)).best.name == "healthy"
-
-
-def test_a_run_that_lives_is_running(tmp_path: Path) -> None:
-    import fcntl
-
-    path = runs.write(runs.clean(0), tmp_path / "run", steps=23, finished=False)
-    with (path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        found = diagnose_record(read_record(path))
-    assert (found.state, found.best.name) == ("running", "healthy")
-
-
-def test_a_run_that_writes_its_report_is_finished(tmp_path: Path) -> None:
-    import fcntl
-    import json
-
-    path = runs.write(runs.clean(0), tmp_path / "run")
-    with (path / "progress.jsonl").open("a") as progress:
-        progress.write(json.dumps({"stage": "report", "event": "start"}) + "\n")
-    with (path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert diagnose_record(read_record(path)).state == "finished"
-
-
-def test_what_the_guard_did_and_whether_it_helped(tmp_path: Path) -> None:
-    helped, vain = runs.length(0), runs.length(1)
-    back = np.arange(1, runs.STEPS + 1) > 20
-    helped.series["response_tokens_ratio"] = np.where(back, 1.0, helped.series["response_tokens_ratio"])
-    halt = {"step": runs.STEPS, "event": "action", "action": "halt", "reason": "a fourth rollback would be due"}
-    vain.guard.append(halt)
-    first, second = diagnosed(helped, tmp_path / "helped"), diagnosed(vain, tmp_path / "vain")
-    assert {one.action: one.helped for one in first.guard} == {"raise_beta": True, "roll_back": True}
-    assert {one.action: one.helped for one in second.guard}["roll_back"] is False
-    assert second.state == "halted by the guard"
-    assert second.best.name == "length_bias"
-    assert "halted_by_guard" in [match.name for match in second.matches]
-    assert any("a fourth rollback would be due" in match.evidence[0] for match in second.matches)
-
-
-def test_a_halt_that_steps_follow_is_over(tmp_path: Path) -> None:
-    run = runs.clean(0)
-    run.guard.append({"step": 40, "event": "action", "action": "halt", "reason": "enough"})
-    found = diagnosed(run, tmp_path / "run")
-    assert found.state == "finished"
-    assert "halted_by_guard" not in [match.name for match in (*found.matches, *found.weaker)]
+    assert runs.diagnosed(weak, tmp_path / "weak").best.name != "healthy"
 
 
 # ---------------------------------------------------------------- records in any state
@@ -414,7 +281,7 @@ def test_few_steps_and_gaps_in_every_series(tmp_path: Path) -> None:
         run = runs.no_penalty(steps)
         for values in run.series.values():
             values[rng.random(runs.STEPS) < 0.3] = np.nan
-        found = diagnosed(run, tmp_path / f"run{steps}", steps=steps)
+        found = runs.diagnosed(run, tmp_path / f"run{steps}", steps=steps)
         json.dumps(as_json(found), allow_nan=False)
 
 
