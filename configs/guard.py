@@ -84,8 +84,10 @@ class Thresholds(Section):
     """Mean share of an answer that its longest repeated span takes up."""
     compression_ratio: Above = Above(warn=1.25, act=1.6)
     """How much better each answer compresses than as many bytes of the reference's answers."""
-    overused_words_share: Above = Above(warn=0.02, act=0.05)
+    overused_words_share: Above = Above(warn=0.02)
     """Largest share of answers by which a significantly over-used word exceeds the reference's."""
+    overused_words_cusum: Above = Above(warn=0.1, act=0.25)
+    """What of that share lies over 0.05, summed up since it last did not: five steps at 10 %, or one at 30 %."""
     rare_token_fraction: Above = Above(warn=0.05, act=0.15)
     """Tokens that the reference hardly ever uses."""
     copied_fraction: Above = Above(warn=0.5)

@@ -25,7 +25,7 @@ GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("length", ("response_tokens_ratio", "length_reward_correlation", "length_reward_correlation_within_prompt",
                 "truncated_fraction")),
     ("text", ("distinct_bigrams_ratio", "longest_repeat_fraction", "compression_ratio", "overused_words_share",
-              "rare_token_fraction", "copied_fraction")),
+              "overused_words_cusum", "rare_token_fraction", "copied_fraction")),
     ("update", ("clip_fraction", "ratio_tail_fraction", "behaviour_gap_max_nats", "value_error_ratio",
                 "grad_norm_ratio")),
     ("measured", ("win_rate", "win_rate_length_controlled", "rm_judge_agreement", "anchor_perplexity_ratio",

@@ -177,6 +177,8 @@ GUARD: Final = [
     signals("Repetition", "distinct_bigrams_ratio", "longest_repeat_fraction", "compression_ratio"),
     signals("Words", "overused_words_share", "rare_token_fraction", "copied_fraction", unit="percentunit",
             fraction=True, help="metrics.jsonl names the over-used ones"),
+    signals("Over-used words: excess, summed up", "overused_words_cusum",
+            help="Share · steps, since the excess was last within 5 %"),
     signals("Health of the update, shares", "clip_fraction", "ratio_tail_fraction", unit="percentunit", fraction=True),
     signals("Health of the update, ratios", "value_error_ratio", "grad_norm_ratio",
             help="Critic's error over the returns' variance; gradient norm over its median"),

@@ -96,6 +96,8 @@ WATCHED: Final = (
             "Repetition, or all answers alike. Raise β or learner.entropy_bonus."),
     Watched("overused_words_share", f"a word stands in {SHARE} more of the answers than of the reference's",
             "metrics.jsonl names it. Is it paid for? Refresh the reward model with such pairs."),
+    Watched("overused_words_cusum", f"a word's excess over the reference has come to {VALUE} share · steps",
+            "metrics.jsonl names it. It has lasted: refresh the reward model with such pairs, or add a rule."),
     Watched("rare_token_fraction", f"{SHARE} more of the tokens than of the reference's are rare ones",
             "Gibberish or another language. Raise β; read samples."),
     Watched("copied_fraction", f"{SHARE} more of the answers than the reference's hold copied SFT text",

@@ -17,6 +17,9 @@ the reference's answers. A term is over-used where all three hold:
    of place has no such limit. The price: a term in more than 1/LIFT of the reference's answers is never found.
 3. **It is not a handful**: MIN_ANSWERS answers of the window.
 
+How much, times how long, is a sum of its own (`cusum`): a policy that moves fast garbles a phrase for some steps, and a
+sum forgets it; a word that is paid for goes on, and it grows.
+
 Found terms are ordered by the z of their smoothed log-odds, with an informative Dirichlet prior from both sides
 together (Monroe, Colaresi & Quinn 2008, "Fightin' Words", eq. 16–22), which puts a sure large difference before a sure
 small one.
@@ -44,6 +47,8 @@ WINDOW_ANSWERS: Final = 512
 """The window is as many of the last steps as hold so many answers,"""
 WINDOW_STEPS: Final = 32
 """and no more than these."""
+ALLOWANCE: Final = 0.05
+"""Share of answers in excess of the reference's that adds nothing to the sum."""
 STEP_TERMS: Final = 1000
 """Of each step so many terms are kept, those that exceed the reference's share most."""
 PRIOR_ANSWERS: Final = 100.0
@@ -175,6 +180,19 @@ class Overuse:
             z=log_odds / error,
             p=rate_p(now, answers=answers, other=earlier, other_answers=earlier_answers),
         )
+
+
+def cusum(before: float, excess: float) -> float:
+    """The sum over steps of (excess − ALLOWANCE), in share · steps, since the excess was last within the allowance.
+
+    Cumulative sum control chart with reference value ALLOWANCE (Page 1954), which finds a lasting shift in the fewest
+    steps for a given rate of false alarms (Lorden 1971). Page's goes back as it came; this one starts anew at once, so
+    that no alarm outlasts its cause by as long as that lasted.
+
+    >>> round(cusum(cusum(0.0, 0.15), 0.25), 6), cusum(0.3, 0.05)
+    (0.3, 0.0)
+    """
+    return before + excess - ALLOWANCE if excess > ALLOWANCE else 0.0
 
 
 def _effective(count: int, squares: float, answers: int) -> tuple[float, float]:

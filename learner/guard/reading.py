@@ -18,7 +18,7 @@ from cluster.data_records import Prompt
 from cluster.records import ScoredRollout
 from learner.guard import movement, reward_signals, text_signals
 from learner.guard.copying import COPY_TOKENS, RunIndex
-from learner.guard.overuse import Overuse
+from learner.guard.overuse import Overuse, cusum
 from learner.guard.record import Reading
 from learner.guard.reference import Reference, RewardScale
 from learner.guard.reward_signals import Floats
@@ -96,6 +96,7 @@ class SignalReader:
             scales, ceiling=ceiling, rewards=reference.rewards, rewards_version=reference.rewards_version
         )
         self._words = Overuse(reference.answers, prompts=reference.prompts)
+        self._words_cusum = 0.0
         self._compression = text_signals.Compression(reference.answers)
         self._rare_tokens = text_signals.RareTokens(ids)
         self._copies = RunIndex(reference.sft_ids, n=copy_tokens)
@@ -114,7 +115,9 @@ class SignalReader:
             overused = self._words.observe(view.texts, prompts=view.prompt_ids)
             words = tuple(one.term for one in overused[:MAX_WORDS])
             if self._words.has_reference:
-                found["overused_words_share"] = max((one.share - one.reference_share for one in overused), default=0.0)
+                excess = max((one.share - one.reference_share for one in overused), default=0.0)
+                self._words_cusum = cusum(self._words_cusum, excess)
+                found |= {"overused_words_share": excess, "overused_words_cusum": self._words_cusum}
         return Reading(
             values={name: value for name, value in found.items() if value is not None and np.isfinite(value)},
             words=words,
@@ -124,6 +127,7 @@ class SignalReader:
         """Windows start anew: after a rollback the policy is another one. What the run started from stays."""
         self._rewards.reset()
         self._words.reset()
+        self._words_cusum = 0.0
         self._kl.clear()
         self._norms.clear()
 
@@ -132,6 +136,7 @@ class SignalReader:
         return {
             "rewards": self._rewards.to_state(),
             "words": self._words.to_state(),
+            "words_cusum": self._words_cusum,
             "kl": [list(one) for one in self._kl],
             "grad_norms": list(self._norms),
         }
@@ -139,6 +144,7 @@ class SignalReader:
     def from_state(self, state: Mapping[str, Any]) -> None:
         self._rewards.load_state(state["rewards"])
         self._words.load_state(state["words"])
+        self._words_cusum = float(state.get("words_cusum", 0.0))  # Older checkpoints have none.
         self._kl = deque(((int(step), float(kl)) for step, kl in state["kl"]), maxlen=movement.SLOPE_STEPS)
         self._norms = deque(map(float, state["grad_norms"]), maxlen=movement.NORM_STEPS)
 
