@@ -48,10 +48,20 @@ def config(prepared: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 class Run:
-    """A learner without a loop around it."""
+    """A learner without a loop around it. `channel`: of the run's actors, where they outlived another learner."""
 
-    def __init__(self, config: RunConfig, script: Mapping[int, Decision] | None = None) -> None:
-        self.guard, self.streams, self.channel = ScriptedGuard(script), MemoryStreams(), MemoryWeightChannel()
+    def __init__(
+        self,
+        config: RunConfig,
+        script: Mapping[int, Decision] | None = None,
+        *,
+        channel: MemoryWeightChannel | None = None,
+    ) -> None:
+        self.guard, self.streams, self.channel = (
+            ScriptedGuard(script),
+            MemoryStreams(),
+            channel or MemoryWeightChannel(),
+        )
         self.tasks: list[PromptTask] = []
         """With an actor."""
         self.state = LearnerState.build(
@@ -230,6 +240,38 @@ async def test_a_learner_killed_after_a_rollback_goes_on_behind_it(config: RunCo
         experience = run.state.make_experience(random_rollouts(seed=9))
         run.state.advance(experience, run.state.update(experience))
     same(second.restored(), first.restored() | {"cursor": second.state.deck.position})
+
+
+async def test_a_learner_killed_in_the_middle_of_a_rollback_goes_on_from_before_it(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are published, the checkpoint behind the rollback is not yet saved."""
+    first = Run(config)
+    for seed in (1, 2):
+        await first.step(seed)
+    before = first.restored()
+    monkeypatch.setattr(first.state, "save", _killed)
+    with pytest.raises(_Killed):
+        await first.step(3, alarm(RollBack(1), RaiseBeta(factor=2.0, floor=0.05)))
+    seen = await first.channel.newest_version()
+    assert seen == first.state.version
+    second = Run(config, channel=first.channel)
+    same(second.restored(), before)
+    assert (second.state.step, second.state.branch, second.good()) == (2, 0, [0, 1, 2])
+    identity(second.state)
+    await second.state.publish_weights()
+    assert await second.channel.newest_version() == second.state.version > seen
+    await second.step(3, alarm(RollBack(1)))
+    assert (second.state.step, second.state.branch) == (3, 1)
+    identity(second.state)
+
+
+class _Killed(Exception):
+    """As by a signal: nothing comes after it."""
+
+
+def _killed(**_: object) -> None:
+    raise _Killed
 
 
 async def test_prompts_after_the_cursor_come_in_another_order(config: RunConfig) -> None:
