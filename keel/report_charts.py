@@ -117,8 +117,10 @@ _ANSWERS: Final = (
     Chart(
         "Over-used words", "share of answers",
         (Series("signals.overused_words_share", "in excess of the reference"),),
-        "The largest share of answers that a significantly over-used word adds to the reference's. 0 is good. Which "
-        "words: see the answers, where they are marked.",
+        "Blue: the largest share of answers that a significantly over-used word adds to the reference's. 0 is good. "
+        "Green: what of it lies over 5 %, summed up: it rises while a word stays. Which words: see the answers, where "
+        "they are marked.",
+        right=(Series("signals.overused_words_cusum", "summed up"),), right_unit="share · steps",
         limit="overused_words_share",
     ),
     Chart(
