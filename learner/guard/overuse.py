@@ -185,9 +185,9 @@ class Overuse:
 def cusum(before: float, excess: float) -> float:
     """The sum over steps of (excess − ALLOWANCE), in share · steps, since the excess was last within the allowance.
 
-    Cumulative sum control chart with reference value ALLOWANCE (Page 1954), which finds a lasting shift in the fewest
-    steps for a given rate of false alarms (Lorden 1971). Page's goes back as it came; this one starts anew at once, so
-    that no alarm outlasts its cause by as long as that lasted.
+    A cumulative sum with reference value ALLOWANCE (Page 1954): of all rules with the same rate of false alarms the one
+    that finds a lasting shift soonest (Moustakides 1986). Page's comes down as it went up; this one starts anew at once,
+    so that no alarm outlasts its cause by as long as that lasted.
 
     >>> round(cusum(cusum(0.0, 0.15), 0.25), 6), cusum(0.3, 0.05)
     (0.3, 0.0)
