@@ -186,8 +186,8 @@ def cusum(before: float, excess: float) -> float:
     """The sum over steps of (excess − ALLOWANCE), in share · steps, since the excess was last within the allowance.
 
     A cumulative sum with reference value ALLOWANCE (Page 1954): of all rules with the same rate of false alarms the one
-    that finds a lasting shift soonest (Moustakides 1986). Page's comes down as it went up; this one starts anew at once,
-    so that no alarm outlasts its cause by as long as that lasted.
+    that finds a lasting shift soonest (Moustakides 1986). Page's comes down as it went up; this one starts anew at
+    once, so that no alarm outlasts its cause by as long as that lasted.
 
     >>> round(cusum(cusum(0.0, 0.15), 0.25), 6), cusum(0.3, 0.05)
     (0.3, 0.0)
