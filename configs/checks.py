@@ -227,8 +227,9 @@ def _refresh(config: RunConfig) -> Iterator[str]:
             f"{refresh.freeze_before_version}: no version lies between"
         )
     reasons = ("every_versions", "kl_over_nats_per_sequence", "disagreement_over", "plateau_versions")
-    if all(getattr(refresh, name) is None for name in reasons):
-        yield f"rm.refresh: no reason to refresh; set one of {', '.join(reasons)}"
+    asked_for = config.guard.enabled and "refresh_rm" in config.guard.actions
+    if not asked_for and all(getattr(refresh, name) is None for name in reasons):
+        yield f"rm.refresh: no reason to refresh; set one of {', '.join(reasons)}, or guard.actions with refresh_rm"
     if not refresh.temperatures:
         yield "rm.refresh.temperatures: none"
     if refresh.plateau_versions is not None and config.reward.sources != (ModelReward(),):

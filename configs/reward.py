@@ -31,7 +31,7 @@ class RefreshSection(Section):
     judge: str | None = None
     """As collect.judge, which it is when left out; or "review": people, by `keel review RUN`."""
     every_versions: PositiveInt | None = 8
-    """Refresh after so many policy versions. null: only for the reasons below."""
+    """Refresh after so many policy versions. null: only for the reasons below, or when the guard asks for it."""
     kl_over_nats_per_sequence: PositiveFloat | None = None
     """Refresh when the policy's KL has grown by this much since the last one."""
     disagreement_over: Fraction | None = None

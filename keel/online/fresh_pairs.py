@@ -1,5 +1,5 @@
 """Pairs of answers to be judged while a run goes on: the current policy's against each other, and against what earlier
-policies answered to the same prompts.
+policies answered to the same prompts, those among them that a rollback left.
 
 Waits: for the rollout actors, without blocking: `sample` is a generator that yields while their answers are out. Who
 unblocks it: the actors' answers or deaths. Always holds: every pair names the policy versions of both its answers, as
@@ -24,10 +24,12 @@ from cluster.data_records import (
     read_rows,
     stable_prompt_id,
 )
+from cluster.files import read_jsonl
 from cluster.supervise import RolePool
 from configs.run import RefreshSection
 from keel.runtime import Runtime
 from keel.sampling import Answer, Asking, Question, decoded, load_questions, policy_tokenizer
+from learner.guard.journal import LEFT_FILE
 from reward_service.preferences import Candidate
 
 _CHUNK_PROMPTS = 64
@@ -105,7 +107,8 @@ class PairSampler:
         return [rng.choice(by_version[rng.choice(versions)]) for _ in range(count)] if versions else []
 
     def _known_answers(self) -> list[_Earlier]:
-        """All answers in the run's preferences, to prompts that the policy is still asked."""
+        """All answers in the run's preferences, and the last ones of policies that a rollback left, to prompts that the
+        policy is still asked."""
         run_dir = self._runtime.run.path
         questions = {stable_prompt_id(question.record.prompt): question for question in self._questions}
         found: list[_Earlier] = []
@@ -116,6 +119,11 @@ class PairSampler:
                     other = pair.policy_version if pair.rejected_version is None else pair.rejected_version
                     found.append(_Earlier(question, pair.chosen, pair.policy_version))
                     found.append(_Earlier(question, pair.rejected, other))
+        left = run_dir / LEFT_FILE
+        for row in read_jsonl(left) if left.exists() else ():
+            question = questions.get(stable_prompt_id(row["prompt"]))
+            if question is not None:
+                found.append(_Earlier(question, row["answer"], row["version"]))
         return found
 
 

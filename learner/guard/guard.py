@@ -1,8 +1,8 @@
 """The guard of a run: reads each step's signals, judges them, plans what is to be done, and remembers.
 
 Consumes: each step's batch and numbers (`observe`); what is measured beside training (`measured`, from any thread);
-what the learner has carried out (`applied`). Produces: a Decision a step, guard.jsonl, guard_samples.jsonl, its fields
-of metrics.jsonl. Waits: never.
+what the learner has carried out (`applied`). Produces: a Decision a step, guard.jsonl, guard_samples.jsonl,
+guard_left.jsonl, its fields of metrics.jsonl. Waits: never.
 Always holds: the learner carries a decision's actions out in their order before it saves a checkpoint, so the state
 that is saved is that of a run in which they were; measurements of a branch that was left are dropped.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -113,6 +113,8 @@ class Guard(Generic[ViewT]):
         shown = Reading({**reading.values, **self._watched.shown}, reading.words)
         self._decision = Decision(reading=shown, verdict=verdict, actions=actions, good=good)
         self._keep_samples(view, verdict, at=at)
+        if self._refreshes and any(isinstance(action, RollBack) for action in actions):
+            self._journal.left(_samples(view, range(len(view.texts))), at=at)
         self._tell_level(verdict, values, at=at)
         return self._decision
 
@@ -213,7 +215,7 @@ class Guard(Generic[ViewT]):
         elif moment is None and at.step % self._sample_every_steps == 0:
             moment = "steady"
         if moment is not None:
-            self._journal.samples(_samples(view), moment=moment, at=at)
+            self._journal.samples(_samples(view, _some_rows(len(view.texts))), moment=moment, at=at)
 
 
 class _Watched:
@@ -286,10 +288,12 @@ class _Watched:
         return bool(over_threshold(self.judged, section=section))
 
 
-def _samples(view: View) -> list[Sample]:
-    """Some, evenly from the whole batch: answers lie in the order in which they came, the short ones first."""
-    count = len(view.texts)
-    rows = sorted({place * count // SAMPLES_SHOWN for place in range(SAMPLES_SHOWN)}) if count else []
+def _some_rows(count: int) -> list[int]:
+    """Evenly from the whole batch: answers lie in the order in which they came, the short ones first."""
+    return sorted({place * count // SAMPLES_SHOWN for place in range(SAMPLES_SHOWN)}) if count else []
+
+
+def _samples(view: View, rows: Iterable[int]) -> list[Sample]:
     return [Sample(view.prompts[row], view.texts[row], float(view.rewards[row])) for row in rows]
 
 

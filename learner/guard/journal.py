@@ -1,11 +1,13 @@
-"""What the guard writes down: its verdicts and actions, and answers to look at.
+"""What the guard writes down: its verdicts and actions, answers to look at, and answers to learn from.
 
     <run>/guard.jsonl           {"time_s", "step", "version", "branch", "event", "signals", "why", …}, a line an event
     <run>/guard_samples.jsonl   {"step", "version", "branch", "moment", "prompt", "answer", "reward"}, a line an answer
+    <run>/guard_left.jsonl      {"step", "version", "branch", "prompt", "answer", "reward"}, a line an answer
 
 `time_s` is Unix time. `event` is the level when the level, or what is at it, has changed (`signals`: the values of the
 signals concerned, null for NaN), or "action": then `action` names it, with its fields. The driver follows guard.jsonl
-to do its part (keel/online/guard_actions.py).
+to do its part (keel/online/guard_actions.py). guard_left.jsonl has the last answers of each policy that was left by a
+rollback, where the reward model can be refreshed: fresh pairs are made against them (keel/online/fresh_pairs.py).
 
 Always holds: of each file at most the last line is torn; a learner that goes on from a checkpoint takes back what was
 written after it, and leaves every earlier line as it is, byte for byte.
@@ -13,6 +15,7 @@ written after it, and leaves every earlier line as it is, byte for byte.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +29,7 @@ from learner.guard.record import Action, Alert, Verdict
 
 GUARD_FILE: Final = "guard.jsonl"
 SAMPLES_FILE: Final = "guard_samples.jsonl"
+LEFT_FILE: Final = "guard_left.jsonl"
 
 Moment = Literal["start", "steady", "alarm", "after_rollback"]
 
@@ -53,10 +57,11 @@ class Journal:
     """One a learner. `step`: of the checkpoint that it goes on from, 0 at the start."""
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
-        for name in (GUARD_FILE, SAMPLES_FILE):
+        for name in (GUARD_FILE, SAMPLES_FILE, LEFT_FILE):
             _cut_back(run_dir / name, step=step)
         self._events = JsonlWriter(run_dir / GUARD_FILE)
         self._samples = JsonlWriter(run_dir / SAMPLES_FILE)
+        self._left = run_dir / LEFT_FILE
 
     def level(self, verdict: Verdict, values: Mapping[str, float], *, at: At) -> None:
         """The level, or what is at it, has changed."""
@@ -70,9 +75,14 @@ class Journal:
         self._events.write({**head, **own, **fields, "signals": {}, "why": why})
 
     def samples(self, samples: Sequence[Sample], *, moment: Moment, at: At) -> None:
-        place = {"step": at.step, "version": at.version, "branch": at.branch, "moment": moment}
         for sample in samples:
-            self._samples.write({**place, **asdict(sample)})
+            self._samples.write({**asdict(at), "moment": moment, **asdict(sample)})
+
+    def left(self, samples: Sequence[Sample], *, at: At) -> None:
+        """The policy that gave these answers is about to be left."""
+        with contextlib.closing(JsonlWriter(self._left)) as file:
+            for sample in samples:
+                file.write({**asdict(at), **asdict(sample)})
 
     def close(self) -> None:
         self._events.close()

@@ -252,6 +252,11 @@ def test_errors_pickle_and_stand_in_the_tree() -> None:
         (["learner.kl.target_nats_per_sequence=8"], "guard.thresholds.kl_nats_per_sequence (8)"),
         (["guard.beta_floor=11"], "more than learner.kl.beta_max"),
         (["guard.actions=[refresh_rm]"], "without rm.refresh"),
+        (["rm.refresh={every_versions: null}"], "no reason to refresh"),
+        (
+            ["rm.refresh={every_versions: null}", "guard={enabled: false, actions: [refresh_rm]}"],
+            "no reason to refresh",
+        ),
         (["guard.watch.judge=a.b"], "write package.module:function"),
         (["redis.lease_s=120"], "not less than learner.task_deadline_s"),
         (["learner.stall_timeout_s=100"], "not less than learner.stall_timeout_s"),
@@ -300,6 +305,11 @@ def test_what_fits_is_let_through(overrides: list[str]) -> None:
 
 
 # ---------------------------------------------------------------- and back
+
+
+def test_the_guard_alone_may_ask_for_a_refresh() -> None:
+    asks = ["rm.refresh={every_versions: null}", "guard.actions=[alert, refresh_rm, roll_back]"]
+    assert load_config("demo", overrides=asks).rm.refresh is not None
 
 
 def test_dump_loads_back_equal_and_shows_defaults(mini: Path) -> None:

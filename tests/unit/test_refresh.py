@@ -38,6 +38,7 @@ from keel.online.refresh import ASKED_FILE, REFRESHES_FILE, Refresher
 from keel.runtime import Runtime
 from keel.sampling import Asking, load_questions
 from learner.dpo import encode_preferences
+from learner.guard.journal import LEFT_FILE
 from reward_service.rm.pairs import PairSets
 from reward_service.rm.refresh import Comparison, RefreshOutcome, RefreshRequest, _load_fresh
 from tests.run_support import prepare_run
@@ -458,6 +459,21 @@ def test_earlier_answers_come_from_all_versions_alike(config: RunConfig) -> None
     drawn = sampler._draw_earlier(400, random.Random(0))
     of_version_0 = sum(one.version == 0 for one in drawn)
     assert 150 < of_version_0 < 250
+
+
+def test_what_a_policy_said_before_a_rollback_left_it_is_judged_against_the_one_after(config: RunConfig) -> None:
+    scene = Scene(config, outcome(accepted=True))
+    pair = read_rows(data_dir(config.run_dir) / PREFERENCES_FILE, PreferencePair)[0]
+    row = {"step": 12, "version": 12, "branch": 0, "prompt": pair.prompt, "answer": "so fantastic", "reward": 3.0}
+    unknown = {**row, "prompt": "not asked any more"}
+    lines = "".join(json.dumps(one) + "\n" for one in (row, unknown)) + json.dumps(row)[:30]
+    (config.run_dir / LEFT_FILE).write_text(lines)
+    section = config.rm.refresh
+    assert section is not None
+    drawn = PairSampler(scene.runtime(), scene.pool(), section=section)._draw_earlier(200, random.Random(0))
+    left = [one for one in drawn if one.version == 12]
+    assert 60 < len(left) < 140
+    assert {(one.question.record.prompt, one.text) for one in left} == {(pair.prompt, "so fantastic")}
 
 
 def test_a_frozen_reward_model_is_left_alone_until_then(config: RunConfig) -> None:

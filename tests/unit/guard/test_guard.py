@@ -16,7 +16,7 @@ import pytest
 from cluster.files import read_jsonl
 from configs.guard import Above, Below, GuardSection, Thresholds, WatchSection
 from learner.guard.guard import Guard
-from learner.guard.journal import GUARD_FILE, SAMPLES_FILE, Journal
+from learner.guard.journal import GUARD_FILE, LEFT_FILE, SAMPLES_FILE, Journal
 from learner.guard.record import Alert, Decision, Halt, Level, RaiseBeta, Reading, RollBack
 
 KL = "kl_nats_per_sequence"
@@ -61,7 +61,7 @@ class Scene:
     """A guard and what its learner does: one version a step, a good checkpoint kept where it may be, actions carried
     out."""
 
-    def __init__(self, run_dir: Path, *, step: int = 0, **changes: Any) -> None:
+    def __init__(self, run_dir: Path, *, step: int = 0, refreshes: bool = False, **changes: Any) -> None:
         quick = {
             "thresholds": LIMITS, "warmup_steps": 0, "patience_steps": 1, "patience_measurements": 1,
             "cool_down_steps": 3, "watch": WatchSection(),
@@ -69,7 +69,13 @@ class Scene:
         self.section = GuardSection(**{**quick, **changes})
         self.run_dir = run_dir
         self.reader = ScriptedReader()
-        self.guard = Guard(self.section, reader=self.reader, journal=Journal(run_dir, step=step), sample_every_steps=5)
+        self.guard = Guard(
+            self.section,
+            reader=self.reader,
+            journal=Journal(run_dir, step=step),
+            refreshes=refreshes,
+            sample_every_steps=5,
+        )
         self.step = step
         self.good = [0]
 
@@ -296,6 +302,25 @@ def test_a_small_batch_has_fewer_samples(make: MakeScene, tmp_path: Path) -> Non
     assert len(read_jsonl(tmp_path / SAMPLES_FILE)) == 1
     scene.guard.observe(Batch(prompts=[], texts=[], rewards=[]), step=5, version=5)
     assert len(read_jsonl(tmp_path / SAMPLES_FILE)) == 1
+
+
+@pytest.mark.parametrize("refreshes", [True, False])
+def test_all_last_answers_of_a_policy_that_is_left_are_kept_for_a_reward_model_that_learns(
+    make: MakeScene, tmp_path: Path, refreshes: bool
+) -> None:
+    scene = make(refreshes=refreshes)
+    for kl in (1.0, 1.0, 12.0, 1.0):
+        scene.observe(kl_nats_per_sequence=kl)
+    left = tmp_path / LEFT_FILE
+    assert left.exists() is refreshes
+    if refreshes:
+        rows = read_jsonl(left)
+        assert [row["answer"] for row in rows] == list(Batch().texts)
+        assert rows[1] == {
+            "step": 3, "version": 6, "branch": 0, "prompt": "prompt 1", "answer": "answer 1", "reward": 1.0
+        }  # fmt: skip
+        Journal(tmp_path, step=2).close()
+        assert left.read_bytes() == b"", "a learner killed before the rollback was saved is not left yet"
 
 
 # ---------------------------------------------------------------- checkpoints
