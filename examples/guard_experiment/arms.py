@@ -1,8 +1,9 @@
 """The runs of the experiment: what each changes in configs/guard_experiment.yaml, and what is asked of it.
 
 Four arms, each with every seed: no penalty on KL and nobody who acts; a fixed β; β steered to a KL target; and no
-penalty, but the guard. Then five rewards with a bug, with the guard and the preset's KL control. Where the guard has
-`alert` alone it watches and does nothing, so that there is a record of what it saw.
+penalty, but the guard, which also has the reward model refreshed. Then five rewards with a bug, with the guard and the
+preset's KL control. Where the guard has `alert` alone it watches and does nothing, so that there is a record of what it
+saw.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ _HACKS: Final = "examples.guard_experiment.hacks"
 _ONLY_WATCH: Final = "guard.actions=[alert]"
 _NO_PENALTY: Final = ("learner.kl={kind: fixed, beta: 0.0}", "learner.policy.decay=constant")
 """The learning rate stays, so that a policy that goes astray is not stopped by its schedule."""
+_ACTS_AND_TEACHES: Final = (
+    "guard.actions=[alert, raise_beta, refresh_rm, roll_back]",
+    # When the guard asks and not else; judged by the annotators of the start, who are not gold. As in demo_online.yaml.
+    "rm.refresh={every_versions: null, wait_after_versions: 1, pairs: 200, earlier_fraction: 0.5, old_pairs: 400,"
+    " epochs: 2, learning_rate: 1.0e-4}",
+)
+"""To go back and to be stricter does not mend a reward model that can be fooled; pairs with what fooled it may."""
 
 
 class Question(StrEnum):
@@ -98,7 +106,7 @@ ARMS: Final = (
         title="(d) β = 0 with guard",
         question=Question.RECOVERS,
         steps=70,
-        overrides=_NO_PENALTY,
+        overrides=(*_NO_PENALTY, *_ACTS_AND_TEACHES),
         named="beta_too_low",
         evaluated=True,
     ),

@@ -2,7 +2,8 @@
 
 To act is to take all of `guard.actions` together that make sense, and then none for `cool_down_steps`, until their
 effect shows. A warning only alerts, once for each signal that comes to it; so does a signal that comes to `act` in a
-cool-down. While `act` lasts, each end of a cool-down is a new round.
+cool-down. While `act` lasts, each end of a cool-down is a new round; but none is begun at a step at which all that is
+at `act` is back within its threshold, and patience alone keeps it there.
 
 Rolling back: to the newest good checkpoint. When alarm comes again soon (no good checkpoint was saved since, or within
 two cool-downs), the one before it: what went wrong may have begun earlier. Restoring brings back the β and the learning
@@ -63,12 +64,13 @@ class ActionState:
 @dataclass(frozen=True)
 class Circumstances:
     """Of the step at hand. `good`: steps with a good checkpoint, in any order, the start's among them. `refreshes`: the
-    run has a reward model that can be refreshed."""
+    run has a reward model that can be refreshed. `leaving`: learner.guard.verdict.is_leaving."""
 
     step: int
     version: int
     good: Sequence[int] = ()
     refreshes: bool = False
+    leaving: bool = False
 
 
 def plan(
@@ -80,7 +82,7 @@ def plan(
     concerned = tuple(sorted([f"{name}:act" for name in verdict.act] + [f"{name}:warn" for name in verdict.warn]))
     news = set(concerned) - set(state.alerted)
     state = replace(state, alerted=concerned)
-    if verdict.level is Level.ACT and _cooled_down(state, section, step=now.step):
+    if verdict.level is Level.ACT and not now.leaving and _cooled_down(state, section, step=now.step):
         measures, state, notes = _measures(verdict, state, section=section, now=now)
         state = replace(state, acted_at=now.step)
         return (*_alert(verdict, notes, section=section, now=now), *measures), state

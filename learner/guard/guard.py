@@ -20,7 +20,7 @@ from configs.guard import GuardSection
 from learner.guard.actions import ActionState, Circumstances, action_name, plan
 from learner.guard.journal import At, Journal, Moment, Sample
 from learner.guard.record import Action, Decision, Level, Reading, RollBack, Verdict
-from learner.guard.verdict import MEASURED, VerdictState, judge, over_threshold
+from learner.guard.verdict import MEASURED, VerdictState, is_leaving, judge, over_threshold
 
 SAMPLES_SHOWN: Final = 8
 BUDGETS: Final = frozenset(("kl_budget_share",))
@@ -101,14 +101,16 @@ class Guard(Generic[ViewT]):
         new = self._watched.take(step=step, version=version, section=self.section)
         values = {**reading.values, **new}
         self._verdict, verdict = judge(self._verdict, values, section=self.section)
+        known = {**reading.values, **self._watched.judged}
         now = Circumstances(
             step=step,
             version=version,
             good=self._watched.passed_of(good_steps, section=self.section),
             refreshes=self._refreshes,
+            leaving=is_leaving(verdict, known, section=self.section),
         )
         actions, self._actions = plan(verdict, self._actions, section=self.section, now=now)
-        over = over_threshold({**reading.values, **self._watched.judged}, section=self.section)
+        over = over_threshold(known, section=self.section)
         good = {*verdict.warn, *verdict.act, *over} <= BUDGETS and not actions
         shown = Reading({**reading.values, **self._watched.shown}, reading.words)
         self._decision = Decision(reading=shown, verdict=verdict, actions=actions, good=good)

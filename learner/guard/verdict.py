@@ -127,6 +127,17 @@ def over_threshold(values: Mapping[str, float], *, section: GuardSection) -> tup
     return tuple(name for name in SIGNALS if name in values and _is_over_any(values[name], _limits(section, name)))
 
 
+def is_leaving(verdict: Verdict, values: Mapping[str, float], *, section: GuardSection) -> bool:
+    """Everything that is at act has a value that is not past that threshold any more. `values`: of this step, and the
+    last of what is measured; a signal that is absent is not leaving."""
+
+    def is_back(name: str) -> bool:
+        limits = _limits(section, name)
+        return name in values and limits.act is not None and not _is_over(values[name], limits, limits.act)
+
+    return bool(verdict.act) and all(is_back(name) for name in verdict.act)
+
+
 def describe(name: str, value: float | None, *, level: Level, section: GuardSection) -> str:
     """For people: the signal, its value, and the threshold that it passed.
 

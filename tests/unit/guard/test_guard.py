@@ -172,6 +172,16 @@ def test_alarm_rolls_back_raises_beta_and_is_told(scene: Scene) -> None:
     assert {"time_s", "step", "version", "branch", "event", "signals", "why"} <= rolled.keys()
 
 
+def test_what_is_on_its_way_back_when_the_cool_down_ends_is_not_acted_on_again(make: MakeScene) -> None:
+    scene = make(actions=("alert", "raise_beta"), patience_steps=3)
+    raised = [
+        scene.step
+        for kl in (12.0, 12.0, 12.0, 12.0, 12.0, 9.0, 9.0, 12.0, 12.0, 12.0, 12.0, 9.0, 9.0, 9.0, 9.0)
+        if RaiseBeta(factor=2.0, floor=0.05) in scene.observe(kl_nats_per_sequence=kl).actions
+    ]
+    assert raised == [3, 8], "the cool-down ends at step 7 and, once more, at 12; KL is over 10 again from 8 on"
+
+
 def test_what_came_of_an_action_is_written_with_it(scene: Scene) -> None:
     scene.observe(kl_nats_per_sequence=1.0)
     scene.guard.applied(RollBack(4), to_step=2, rm_version="rm-1", beta=0.2)
