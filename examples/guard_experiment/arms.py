@@ -22,9 +22,10 @@ _NO_PENALTY: Final = ("learner.kl={kind: fixed, beta: 0.0}", "learner.policy.dec
 """The learning rate stays, so that a policy that goes astray is not stopped by its schedule."""
 _ACTS_AND_TEACHES: Final = (
     "guard.actions=[alert, raise_beta, refresh_rm, roll_back]",
-    # When the guard asks and not else; judged by the annotators of the start, who are not gold. As in demo_online.yaml.
-    "rm.refresh={every_versions: null, wait_after_versions: 1, pairs: 200, earlier_fraction: 0.5, old_pairs: 400,"
-    " epochs: 2, learning_rate: 1.0e-4}",
+    # When the guard asks and not else, with training held meanwhile; judged by the annotators of the start, who are not
+    # gold; learned from as at the start, with all the old pairs.
+    "rm.refresh={every_versions: null, wait_after_versions: 1, pairs: 300, earlier_fraction: 0.5, old_pairs: 2000,"
+    " epochs: 3, learning_rate: 3.0e-4}",
 )
 """To go back and to be stricter does not mend a reward model that can be fooled; pairs with what fooled it may."""
 
