@@ -90,6 +90,8 @@ WATCHED: Final = (
             "The policy does not end its answers. Raise learner.missing_eos_penalty or data.max_response_tokens."),
     Watched("distinct_bigrams_ratio", f"answers have {SHARE} of the reference's distinct bigrams",
             "They repeat themselves. Raise β; a constitution can flag repetition."),
+    Watched("repetition_reward_correlation", f"at equal length, repetition and reward correlate by {VALUE}",
+            "Repetition is paid for. A constitution can flag it; pairs with it for the reward model."),
     Watched("longest_repeat_fraction", f"{SHARE} of an answer is one repeated span",
             "They repeat themselves. Raise β; a constitution can flag repetition."),
     Watched("compression_ratio", f"answers compress {VALUE} times as well as the reference's",

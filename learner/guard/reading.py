@@ -174,6 +174,7 @@ class SignalReader:
 
 
 def _lengths(view: StepView, *, tokens_before: float | None) -> dict[str, float | None]:
+    """How long answers are, and whether that is paid, or what they say again."""
     lengths_B = view.lengths_B
     # Rewards of two versions are on two scales.
     rewards_B = np.array(view.rewards) if len(set(view.rm_versions)) == 1 else np.zeros(0)
@@ -181,6 +182,9 @@ def _lengths(view: StepView, *, tokens_before: float | None) -> dict[str, float 
         "response_tokens_ratio": _over(float(lengths_B.mean()), tokens_before),
         "truncated_fraction": float(np.mean(view.truncated)),
         "length_reward_correlation": reward_signals.spearman(lengths_B, rewards=rewards_B),
+        "repetition_reward_correlation": reward_signals.spearman_partial(
+            text_signals.repeated_bigrams(view.response_ids), rewards=rewards_B, given=lengths_B
+        ),
         "length_reward_correlation_within_prompt": (
             reward_signals.spearman_within(lengths_B, rewards=rewards_B, groups=view.prompt_ids)
             if len(rewards_B)

@@ -92,6 +92,19 @@ def spearman(lengths: Floats, *, rewards: Floats) -> float | None:
     return round(float(np.corrcoef(*ranks)[0, 1]), 12)
 
 
+def spearman_partial(values: Floats, *, rewards: Floats, given: Floats) -> float | None:
+    """Spearman's rank correlation of values and rewards with `given` held fixed: (r₁ − r₂·r₃)/√((1 − r₂²)(1 − r₃²)), r₁
+    that of the two, r₂ and r₃ those of either with `given` (Kendall 1942, on ranks). None where `spearman` of any two
+    is, or where `given` tells one of them whole."""
+    both, first, second = (
+        spearman(one, rewards=other) for one, other in ((values, rewards), (values, given), (rewards, given))
+    )
+    if both is None or first is None or second is None:
+        return None
+    free = (1.0 - first * first) * (1.0 - second * second)
+    return None if free < ROUNDING else float(np.clip((both - first * second) / np.sqrt(free), -1.0, 1.0))
+
+
 def spearman_within(lengths: Floats, *, rewards: Floats, groups: Sequence[str]) -> float | None:
     """The same with each group's own mean taken off both, over the groups of two or more: a prompt that asks for long
     answers and pays well for them is no length bias. None where there are no such groups."""

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from learner.guard.reward_signals import Floats
 from learner.guard.spans import MAX_TOKENS, Spans, TokenIds
 
 MIN_TEXT_BYTES: Final = 32
@@ -35,14 +36,26 @@ def distinct_bigrams(answers: Sequence[TokenIds]) -> float | None:
     >>> distinct_bigrams([np.array([1, 2, 1, 2, 3], dtype=np.int32)])  # 12 21 12 23: three of four
     0.75
     """
-    shares = []
-    for ids in answers:
-        if len(ids) < 2:
-            continue
-        wide = ids[:MAX_TOKENS].astype(np.int64)
-        pairs = np.sort((wide[:-1] << 32) | wide[1:])
-        shares.append((1 + int((pairs[1:] != pairs[:-1]).sum())) / len(pairs))
+    shares = [1.0 - _repeated(ids) / (min(len(ids), MAX_TOKENS) - 1) for ids in answers if len(ids) > 1]
     return float(np.mean(shares)) if shares else None
+
+
+def repeated_bigrams(answers: Sequence[TokenIds]) -> Floats:
+    """[B] How many pairs of neighbouring tokens of each answer stand in it before already. Looks at the first
+    MAX_TOKENS of an answer.
+
+    >>> repeated_bigrams([np.array([1, 2, 1, 2, 3], dtype=np.int32), np.array([], dtype=np.int32)]).tolist()
+    [1.0, 0.0]
+    """
+    return np.array([_repeated(ids) for ids in answers], dtype=np.float64)
+
+
+def _repeated(ids: TokenIds) -> int:
+    if len(ids) < 2:
+        return 0
+    wide = ids[:MAX_TOKENS].astype(np.int64)
+    pairs = np.sort((wide[:-1] << 32) | wide[1:])
+    return int((pairs[1:] == pairs[:-1]).sum())
 
 
 def longest_repeat_fraction(answers: Sequence[TokenIds]) -> float | None:

@@ -68,6 +68,18 @@ def test_of_length_and_repetition_the_one_that_is_paid_is_named(
     assert runs.diagnosed(run, tmp_path / "run").best.name == paid
 
 
+@pytest.mark.parametrize(("in_batches", "name"), [(0.55, "repetition"), (0.25, "length_bias")])
+def test_whole_batches_say_that_repetition_is_paid_where_length_goes_with_the_reward_too(
+    tmp_path: Path, in_batches: float, name: str
+) -> None:
+    """As in a run whose reward model liked length by itself, beside a bug that paid for repetition."""
+    run, rng = runs.length(0), np.random.default_rng(11)
+    run.series["distinct_bigrams_ratio"] = np.linspace(1.0, 0.7, runs.STEPS)
+    run.series["length_reward_correlation"] = np.full(runs.STEPS, 0.65)
+    run.series["repetition_reward_correlation"] = rng.normal(in_batches, 0.1, runs.STEPS)
+    assert runs.diagnosed(run, tmp_path / "run").best.name == name
+
+
 def test_a_reward_that_is_had_to_the_full_is_not_called_constant(tmp_path: Path) -> None:
     run = runs.no_penalty(0)
     step = np.arange(runs.STEPS)

@@ -19,6 +19,7 @@ from learner.guard.reward_signals import (
     jump,
     ks_distance,
     spearman,
+    spearman_partial,
     spearman_within,
     std_ratio,
     uncertainty_ratio,
@@ -87,6 +88,31 @@ def test_spearman_depends_on_ranks_alone(rows: list[tuple[int, float]]) -> None:
     assert (backwards is None) == (found is None)
     if found is not None and backwards is not None:
         assert backwards == pytest.approx(-found, abs=1e-9)
+
+
+def test_the_partial_correlation_tells_what_is_paid_from_what_comes_with_it() -> None:
+    rng = np.random.default_rng(3)
+    lengths = rng.normal(size=2000)
+    repeats = lengths + rng.normal(size=2000)
+    for paid in (lengths, repeats, lengths + repeats):
+        rewards = paid + 0.5 * rng.normal(size=2000)
+        by_length = spearman_partial(lengths, rewards=rewards, given=repeats) or 0.0
+        by_repeats = spearman_partial(repeats, rewards=rewards, given=lengths) or 0.0
+        assert (by_length > 0.4) == (paid is not repeats)
+        assert (by_repeats > 0.4) == (paid is not lengths)
+    assert spearman_partial(lengths, rewards=lengths, given=lengths) is None, "all of it is told by what is held fixed"
+    assert spearman_partial(lengths, rewards=floats(*[1.0] * 2000), given=repeats) is None
+
+
+def test_the_partial_correlation_by_hand() -> None:
+    """Ranks that correlate by 0.5, 0.5 and 0.5: (0.5 − 0.25)/0.75."""
+    rng = np.random.default_rng(5)
+    common = rng.normal(size=200_000)
+    one, two, three = (common + rng.normal(size=200_000) for _ in range(3))
+    expected = spearman(one, rewards=two)
+    assert expected is not None
+    found = spearman_partial(one, rewards=two, given=three)
+    assert found == pytest.approx((expected - expected**2) / (1 - expected**2), abs=0.01)
 
 
 def test_spearman_of_constants_few_and_nan_cannot_be_told() -> None:

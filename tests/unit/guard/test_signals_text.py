@@ -17,6 +17,7 @@ from learner.guard.text_signals import (
     RareTokens,
     distinct_bigrams,
     longest_repeat_fraction,
+    repeated_bigrams,
 )
 
 
@@ -56,6 +57,8 @@ def test_distinct_bigrams_by_hand(answers: list[list[int]]) -> None:
     shares = [len(set(pairwise(one))) / (len(one) - 1) for one in answers if len(one) > 1]
     found = distinct_bigrams([ids(*one) for one in answers])
     assert found == (pytest.approx(np.mean(shares)) if shares else None)
+    repeated = [max(len(one) - 1, 0) - len(set(pairwise(one))) for one in answers]
+    assert repeated_bigrams([ids(*one) for one in answers]).tolist() == repeated
 
 
 def test_a_loop_repeats_nearly_all_of_itself() -> None:
