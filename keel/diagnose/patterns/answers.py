@@ -209,6 +209,9 @@ class Repetition:
             sentences.append(f"repeated word pairs: {before:.0%} of an answer at the start, {after:.0%} later")
         if paid > 0.3:
             sentences.append(f"over the recorded answers the reward goes with repetition at ρ = {paid:.2f}")
+        batches = known(record.values("repetition_reward_correlation"))
+        if len(batches):
+            sentences.append(f"at equal length it does so at ρ = {np.median(batches):.2f} in the median batch")
         return Match(
             "repetition",
             "Repetition: the reward pays for saying the same again",
