@@ -31,8 +31,9 @@ class Cluster:
     def start(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
         environment = os.environ | self.head.env | {"PYTHONUNBUFFERED": "1"} | (env or {})
         environment["RAY_ADDRESS"] = "http://127.0.0.1:1"  # Ray would prefer this to --address.
+        # A shell's background job ignores SIGINT, and so does all that it starts: the tests may be one.
         return subprocess.Popen(
-            [*KEEL, "submit", *arguments, "--address", self.head.address],
+            ["env", "--default-signal=INT", *KEEL, "submit", *arguments, "--address", self.head.address],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
