@@ -14,6 +14,7 @@ import numpy as np
 
 from keel.diagnose.evidence import correlation
 from keel.diagnose.record import Answer, RunRecord
+from learner.guard.reward_signals import partial_correlation
 
 _WORD: Final = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _ALPHA: Final = 0.001
@@ -120,10 +121,9 @@ def reward_goes_with_alone(record: RunRecord) -> dict[str, float]:
     if len(links) < 3:
         return {}
     length, repetition, both = links["length"], links["repetition"], links["length and repetition"]
-    free = [math.sqrt(max(1.0 - rho * rho, 1e-6)) for rho in (length, repetition, both)]
     return {
-        "length": (length - repetition * both) / (free[1] * free[2]),
-        "repetition": (repetition - length * both) / (free[0] * free[2]),
+        "length": partial_correlation(length, first=repetition, second=both),
+        "repetition": partial_correlation(repetition, first=length, second=both),
     }
 
 

@@ -111,7 +111,9 @@ class SignalReader:
         found: dict[str, float | None] = {**movement.recorded(view.record), **self._moved(view)}
         words: tuple[str, ...] = ()
         if view.texts:
-            found |= self._rewards.read(view) | _lengths(view, tokens_before=self._tokens_before) | self._said(view)
+            repeated_B = text_signals.repeated_bigrams(view.response_ids)
+            found |= self._rewards.read(view) | self._said(view, repeated_B=repeated_B)
+            found |= _lengths(view, tokens_before=self._tokens_before, repeated_B=repeated_B)
             overused = self._words.observe(view.texts, prompts=view.prompt_ids)
             words = tuple(one.term for one in overused[:MAX_WORDS])
             if self._words.has_reference:
@@ -159,9 +161,9 @@ class SignalReader:
         steps, values = [step for step, _ in self._kl], [value for _, value in self._kl]
         return {"kl_slope_nats_per_step": movement.theil_sen(steps, values=values), "grad_norm_ratio": ratio}
 
-    def _said(self, view: StepView) -> dict[str, float | None]:
+    def _said(self, view: StepView, *, repeated_B: Floats) -> dict[str, float | None]:
         ids = view.response_ids
-        bigrams, copied = text_signals.distinct_bigrams(ids), self._copies.copied_share(ids)
+        bigrams, copied = text_signals.distinct_bigrams(ids, repeated_B=repeated_B), self._copies.copied_share(ids)
         return {
             "distinct_bigrams_ratio": _over(bigrams, self._bigrams_before),
             "longest_repeat_fraction": text_signals.longest_repeat_fraction(ids),
@@ -173,7 +175,7 @@ class SignalReader:
         }
 
 
-def _lengths(view: StepView, *, tokens_before: float | None) -> dict[str, float | None]:
+def _lengths(view: StepView, *, tokens_before: float | None, repeated_B: Floats) -> dict[str, float | None]:
     """How long answers are, and whether that is paid, or what they say again."""
     lengths_B = view.lengths_B
     # Rewards of two versions are on two scales.
@@ -183,7 +185,7 @@ def _lengths(view: StepView, *, tokens_before: float | None) -> dict[str, float 
         "truncated_fraction": float(np.mean(view.truncated)),
         "length_reward_correlation": reward_signals.spearman(lengths_B, rewards=rewards_B),
         "repetition_reward_correlation": reward_signals.spearman_partial(
-            text_signals.repeated_bigrams(view.response_ids), rewards=rewards_B, given=lengths_B
+            repeated_B, rewards=rewards_B, given=lengths_B
         ),
         "length_reward_correlation_within_prompt": (
             reward_signals.spearman_within(lengths_B, rewards=rewards_B, groups=view.prompt_ids)

@@ -84,25 +84,31 @@ def spearman(lengths: Floats, *, rewards: Floats) -> float | None:
     >>> spearman(np.arange(8.0), rewards=np.arange(8.0) ** 3)
     1.0
     """
-    if not _told(lengths, least=MIN_ANSWERS) or not _told(rewards, least=MIN_ANSWERS):
-        return None
-    if np.ptp(lengths) == 0 or np.ptp(rewards) == 0:
-        return None
-    ranks = [stats.rankdata(values) for values in (lengths, rewards)]
-    return round(float(np.corrcoef(*ranks)[0, 1]), 12)
+    found = _rank_correlations(lengths, rewards)
+    return None if found is None else float(found[0, 1])
 
 
 def spearman_partial(values: Floats, *, rewards: Floats, given: Floats) -> float | None:
-    """Spearman's rank correlation of values and rewards with `given` held fixed: (r₁ − r₂·r₃)/√((1 − r₂²)(1 − r₃²)), r₁
-    that of the two, r₂ and r₃ those of either with `given` (Kendall 1942, on ranks). None where `spearman` of any two
-    is, or where `given` tells one of them whole."""
-    both, first, second = (
-        spearman(one, rewards=other) for one, other in ((values, rewards), (values, given), (rewards, given))
-    )
-    if both is None or first is None or second is None:
+    """Spearman's rank correlation of values and rewards with `given` held fixed, in [−1, 1]. None where `spearman` of
+    any two is, or where `given` tells one of them whole."""
+    found = _rank_correlations(values, rewards, given)
+    if found is None:
         return None
-    free = (1.0 - first * first) * (1.0 - second * second)
-    return None if free < ROUNDING else float(np.clip((both - first * second) / np.sqrt(free), -1.0, 1.0))
+    both, first, second = float(found[0, 1]), float(found[0, 2]), float(found[1, 2])
+    if (1.0 - first * first) * (1.0 - second * second) < ROUNDING:
+        return None
+    return partial_correlation(both, first=first, second=second)
+
+
+def partial_correlation(both: float, *, first: float, second: float) -> float:
+    """Of two things that correlate by `both`, with a third held fixed that they correlate with by `first` and `second`:
+    (r − r₁·r₂)/√((1 − r₁²)(1 − r₂²)) (Yule 1907; on ranks, Kendall 1942). A factor under 10⁻⁶ counts as that.
+
+    >>> round(partial_correlation(0.5, first=0.5, second=0.5), 6)  # (0.5 − 0.25) / 0.75
+    0.333333
+    """
+    free = max(1.0 - first * first, 1e-6) * max(1.0 - second * second, 1e-6)
+    return float(np.clip((both - first * second) / np.sqrt(free), -1.0, 1.0))
 
 
 def spearman_within(lengths: Floats, *, rewards: Floats, groups: Sequence[str]) -> float | None:
@@ -122,6 +128,14 @@ def spearman_within(lengths: Floats, *, rewards: Floats, groups: Sequence[str]) 
         return rounded
 
     return spearman(centred(lengths), rewards=centred(rewards))
+
+
+def _rank_correlations(*columns: Floats) -> Floats | None:
+    """Spearman's, of each with each. None where a column is short, not finite or constant."""
+    if not all(_told(column, least=MIN_ANSWERS) and np.ptp(column) > 0 for column in columns):
+        return None
+    found: Floats = np.asarray(np.corrcoef([stats.rankdata(column) for column in columns]), dtype=np.float64)
+    return found.round(12)
 
 
 def _told(values: Floats, *, least: int) -> bool:
