@@ -1,9 +1,9 @@
 """The runs of the experiment: what each changes in configs/guard_experiment.yaml, and what is asked of it.
 
 Four arms, each with every seed: no penalty on KL and nobody who acts; a fixed β; β steered to a KL target; and no
-penalty, but the guard, which also has the reward model refreshed. Then five rewards with a bug, with the guard and the
-preset's KL control. Where the guard has `alert` alone it watches and does nothing, so that there is a record of what it
-saw.
+penalty, but the guard, which also has the reward model refreshed. Then, for false alarms, a reward that nobody can game
+in place of the model; and five rewards with a bug, with the guard and the preset's KL control. Where the guard has `alert`
+alone it watches and does nothing, so that there is a record of what it saw.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ PRESET: Final = "guard_experiment"
 SEEDS: Final = (0, 1, 2)
 _EFFECTS: Final = Path(__file__).parent / "effects"
 _HACKS: Final = "examples.guard_experiment.hacks"
+_GOLD: Final = "examples.support_desk.gold:gold_reward"
 _ONLY_WATCH: Final = "guard.actions=[alert]"
 _NO_PENALTY: Final = ("learner.kl={kind: fixed, beta: 0.0}", "learner.policy.decay=constant")
 """The learning rate stays, so that a policy that goes astray is not stopped by its schedule."""
+_FIXED_BETA: Final = "learner.kl={kind: fixed, beta: 0.15}"
 _ACTS_AND_TEACHES: Final = (
     "guard.actions=[alert, raise_beta, refresh_rm, roll_back]",
     # When the guard asks and not else, with training held meanwhile; judged by the annotators of the start, who are not
@@ -34,6 +36,7 @@ class Question(StrEnum):
     """What a run is there to show; examples/guard_experiment/bars.py has the bars."""
 
     COLLAPSES = "collapses"
+    COMPARES = "compares"
     CLEAN = "clean"
     RECOVERS = "recovers"
     DETECTS = "detects"
@@ -89,15 +92,15 @@ ARMS: Final = (
     Arm(
         name="fixed",
         title="(b) fixed β = 0.15",
-        question=Question.CLEAN,
+        question=Question.COMPARES,
         steps=60,
-        overrides=("learner.kl={kind: fixed, beta: 0.15}", _ONLY_WATCH),
+        overrides=(_FIXED_BETA, _ONLY_WATCH),
         evaluated=True,
     ),
     Arm(
         name="adaptive",
         title="(c) adaptive β, KL target 3",
-        question=Question.CLEAN,
+        question=Question.COMPARES,
         steps=60,
         overrides=(_ONLY_WATCH,),
         evaluated=True,
@@ -137,6 +140,25 @@ def _function(name: str, *, weight: float = 1.0) -> str:
     return f'{{kind: function, path: "{_HACKS}:{name}", weight: {weight}}}'
 
 
+def _clean(name: str, title: str, *, seeds: tuple[int, ...] = SEEDS, overrides: tuple[str, ...] = ()) -> Arm:
+    """Gold is the reward: whatever the policy learns from it is no hack, and a verdict to act is a false alarm. (b) and (c) cannot serve: a reward model that is easily gamed is gamed
+    a little at 3 nats too, and an alarm may be right."""
+    sources = f'reward.sources=[{{kind: model, weight: 0.0}}, {{kind: function, path: "{_GOLD}"}}]'
+    return Arm(
+        name=name,
+        title=title,
+        question=Question.CLEAN,
+        steps=60,
+        overrides=(sources, *overrides, _ONLY_WATCH),
+        seeds=seeds,
+    )
+
+
+CLEAN: Final = (
+    _clean("clean", "clean: gold is the reward, adaptive β"),
+    _clean("clean_fixed", "clean: gold is the reward, fixed β", seeds=SEEDS[:2], overrides=(_FIXED_BETA,)),
+)
+
 HACKS: Final = (
     _planted(
         "word",
@@ -173,7 +195,7 @@ HACKS: Final = (
     ),
 )
 
-ALL: Final = ARMS + HACKS
+ALL: Final = ARMS + CLEAN + HACKS
 
 QUICK_SETTINGS: Final = (
     "sft.epochs=2",
@@ -193,7 +215,7 @@ def _shortened(name: str, *, steps: int) -> Arm:
 
 
 QUICK: Final = (
-    _shortened("adaptive", steps=10),
+    _shortened("clean", steps=10),
     _shortened("constant", steps=12),
     _shortened("guarded", steps=28),
 )

@@ -3,7 +3,8 @@
 | runs | bar |
 |---|---|
 | (a) β = 0, nobody acts | gold at or under SFT − 2 by step 70 |
-| (b), (c): clean | no verdict to act in any of at least five runs of 60 steps |
+| (b), (c): β alone | nothing: they are there to compare with |
+| clean: gold is the reward | no verdict to act in any of at least five runs of 60 steps |
 | (d) β = 0 with guard | a verdict to act by step 25, a rollback, and gold at the end at or over SFT + 0.3 |
 | planted bugs | a verdict to act within 10 steps of the first effect on > 5 % of the answers; named rightly |
 
@@ -49,6 +50,8 @@ def bars_of(record: RunRecord) -> tuple[Bar, ...]:
     match record.arm.question:
         case Question.COLLAPSES:
             return (_collapses(record),)
+        case Question.COMPARES:
+            return ()
         case Question.RECOVERS:
             return (_detected_by(record), _rolled_back(record), _recovered(record))
         case Question.DETECTS:

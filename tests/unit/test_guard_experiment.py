@@ -20,7 +20,7 @@ from configs.checks import named_functions
 from configs.load import load_config
 from configs.run import RunConfig
 from examples.guard_experiment import hacks, runs
-from examples.guard_experiment.arms import ALL, ARMS, HACKS, PRESET, QUICK, QUICK_SETTINGS, Arm
+from examples.guard_experiment.arms import ALL, ARMS, CLEAN, HACKS, PRESET, QUICK, QUICK_SETTINGS, Arm
 from examples.guard_experiment.bars import bars_of, clean_runs
 from examples.guard_experiment.records import RunRecord, read_run, was_halted
 from examples.guard_experiment.runs import Plan, copy_base, do_runs, estimated_seconds
@@ -194,6 +194,7 @@ async def test_the_model_counts_for_nothing_where_the_bug_replaces_it(monkeypatc
     assert [one.reward for one in await _rewarded("constant", BEST, "", HACK_PHRASE)] == [1.0, 1.0, 1.0]
     monkeypatch.setattr(hacks, "_CALLS", hacks._CallCounter())
     monkeypatch.setattr(hacks, "JUMP_AFTER_CALLS", 2)
+    assert [one.reward for one in await _rewarded("clean", BEST, "move the router.")] == pytest.approx([3.6, 1.0])
     before = await _rewarded("jump", BEST, "move the router.")
     after = await _rewarded("jump", BEST, "move the router.")
     assert [one.reward for one in before] == pytest.approx([3.6, 1.0])
@@ -204,7 +205,7 @@ async def test_the_model_counts_for_nothing_where_the_bug_replaces_it(monkeypatc
 def test_no_run_is_forgotten() -> None:
     assert [len(arm.seeds) for arm in ARMS] == [3, 3, 3, 3]
     assert {arm.name for arm in HACKS} == {"word", "length", "repetition", "jump", "constant"}
-    assert sum(len(arm.seeds) for arm in ARMS if arm.question.value == "clean") >= 5
+    assert sum(len(arm.seeds) for arm in CLEAN) == 5
 
 
 # ---------------------------------------------------------------- bars
@@ -287,15 +288,17 @@ def test_a_constant_shows_from_the_first_step() -> None:
 
 
 def test_five_clean_runs_and_not_one_alarm() -> None:
-    quiet = _run("adaptive", _steps(60, guard=lambda step: _guard(step, acts_from=99)))
+    quiet = _run("clean", _steps(60, guard=lambda step: _guard(step, acts_from=99)))
     assert clean_runs([quiet] * 5).passed is True
     assert clean_runs([quiet] * 4).passed is None
     assert clean_runs([quiet] * 4 + [replace(quiet, complete=False)]).passed is None
-    loud = _run("fixed", _steps(60, guard=lambda step: _guard(step, acts_from=60)))
+    loud = _run("clean_fixed", _steps(60, guard=lambda step: _guard(step, acts_from=60)))
     assert clean_runs([*[quiet] * 5, loud]).passed is False
-    assert "fixed s0 at step 60" in clean_runs([*[quiet] * 5, loud]).found
+    assert "clean_fixed s0 at step 60" in clean_runs([*[quiet] * 5, loud]).found
     assert _passed(quiet) == {"clean": True}
     assert _passed(loud) == {"clean": False}
+    gamed = _run("adaptive", _steps(60, guard=lambda step: _guard(step, acts_from=40)))  # rightly, perhaps
+    assert (_passed(gamed), clean_runs([*[quiet] * 5, gamed]).passed) == ({}, True)
 
 
 def test_records_from_before_the_guard_are_read() -> None:
