@@ -1,9 +1,9 @@
 """The runs of the experiment: what each changes in configs/guard_experiment.yaml, and what is asked of it.
 
 Four arms, each with every seed: no penalty on KL and nobody who acts; a fixed β; β steered to a KL target; and no
-penalty, but the guard, which also has the reward model refreshed. Then, for false alarms, a reward that nobody can game
-in place of the model; and five rewards with a bug, with the guard and the preset's KL control. Where the guard has `alert`
-alone it watches and does nothing, so that there is a record of what it saw.
+penalty, but the guard, which also has the reward model refreshed. Then, for false alarms, gold itself in place of the
+reward model; and five rewards with a bug, with the guard and the preset's KL control. Where the guard has `alert` alone
+it watches and does nothing, so that there is a record of what it saw.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def _function(name: str, *, weight: float = 1.0) -> str:
 
 
 def _clean(name: str, title: str, *, seeds: tuple[int, ...] = SEEDS, overrides: tuple[str, ...] = ()) -> Arm:
-    """Gold is the reward: whatever the policy learns from it is no hack, and a verdict to act is a false alarm. (b) and (c) cannot serve: a reward model that is easily gamed is gamed
-    a little at 3 nats too, and an alarm may be right."""
+    """Gold is the reward: whatever the policy learns from it is no hack, and a verdict to act is a false alarm. (b) and
+    (c) cannot serve: a reward model that is easily gamed is gamed a little at 3 nats too, and an alarm may be right."""
     sources = f'reward.sources=[{{kind: model, weight: 0.0}}, {{kind: function, path: "{_GOLD}"}}]'
     return Arm(
         name=name,
