@@ -13,7 +13,7 @@ $(VENV)/.ready: requirements-cpu.lock pyproject.toml setup_venv.sh
 demo: setup
 	$(BIN)/keel train demo_online --set name=demo --fresh
 
-# The test bed of the guard: reward hacking provoked on purpose. 17 runs, up to 90 minutes; goes on where it was stopped.
+# The test bed of the guard: reward hacking provoked on purpose. 22 runs, up to 90 minutes; goes on where it was stopped.
 guard-experiment: setup
 	$(BIN)/python -m examples.guard_experiment.run
 
