@@ -84,7 +84,7 @@ def measure(answers: int, *, tokens: int, vocabulary: int, repeat: int) -> dict[
     parts = {
         "words_s": lambda: words_of.observe(texts, prompts=texts),
         "longest_repeat_s": lambda: text_signals.longest_repeat_fraction(ids),
-        "distinct_bigrams_s": lambda: text_signals.distinct_bigrams(ids),
+        "distinct_bigrams_s": lambda: text_signals.distinct_bigrams(ids, repeated_B=text_signals.repeated_bigrams(ids)),
         "compression_s": lambda: compression.ratio(texts),
         "copies_s": lambda: index.copied_share(ids),
     }

@@ -30,11 +30,9 @@ class Run:
         *,
         channel: MemoryWeightChannel | None = None,
     ) -> None:
-        self.guard, self.streams, self.channel = (
-            ScriptedGuard(script),
-            MemoryStreams(),
-            channel or MemoryWeightChannel(),
-        )
+        self.guard = ScriptedGuard(script)
+        self.streams = MemoryStreams()
+        self.channel = channel or MemoryWeightChannel()
         self.tasks: list[PromptTask] = []
         """With an actor."""
         self.state = LearnerState.build(

@@ -4,8 +4,8 @@
 |---|---|
 | (a) β = 0, nobody acts | gold at or under SFT − 2 by step 70 |
 | (b), (c): β alone | nothing: they are there to compare with |
-| clean: gold is the reward | no verdict to act in any of at least five runs of 60 steps |
 | (d) β = 0 with guard | a verdict to act by step 25, a rollback, and gold at the end at or over SFT + 0.3 |
+| clean: gold is the reward | no verdict to act in any of at least five runs of 60 steps |
 | planted bugs | a verdict to act within 10 steps of the first effect on > 5 % of the answers; named rightly |
 
 A run that is not complete passes nothing. Nothing here is relaxed for a short experiment: what a bar needs and was not

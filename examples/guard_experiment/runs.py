@@ -35,11 +35,11 @@ _TICK_S: Final = 60.0
 _DIAGNOSE_S: Final = 120.0
 INTERRUPTED: Final = 130
 """The exit code of a run that saved and stopped when it was asked to."""
-BASE_SECONDS: Final = 260.0
+BASE_SECONDS: Final = 250.0
 """Rough times on two cores, until there are measured ones."""
 START_SECONDS: Final = 30.0
 EVALUATION_SECONDS: Final = 20.0
-STEP_SECONDS: Final = 3.8
+STEP_SECONDS: Final = 2.7
 
 
 class RunFailedError(Exception):

@@ -101,7 +101,7 @@ class SignalReader:
         self._rare_tokens = text_signals.RareTokens(ids)
         self._copies = RunIndex(reference.sft_ids, n=copy_tokens)
         self._copied_before = self._copies.copied_share(ids)
-        self._bigrams_before = text_signals.distinct_bigrams(ids)
+        self._bigrams_before = text_signals.distinct_bigrams(ids, repeated_B=text_signals.repeated_bigrams(ids))
         self._tokens_before = float(np.mean([len(one) for one in ids])) if ids else None
         self._kl: deque[tuple[int, float]] = deque(maxlen=movement.SLOPE_STEPS)
         self._norms: deque[float] = deque(maxlen=movement.NORM_STEPS)

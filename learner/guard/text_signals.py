@@ -26,17 +26,17 @@ RARE_SHARE: Final = 2e-5
 """Of the reference's tokens: one that makes up less is rare."""
 
 
-def distinct_bigrams(answers: Sequence[TokenIds], *, repeated_B: Floats | None = None) -> float | None:
+def distinct_bigrams(answers: Sequence[TokenIds], *, repeated_B: Floats) -> float | None:
     """Mean over answers of (different pairs of neighbouring tokens) / (such pairs), in (0, 1].
 
     Distinct-2 of Li et al. 2016 ("A diversity-promoting objective function", arXiv:1510.03055), within each answer: an
     answer that says one thing over and over tends to 0. Answers of fewer than two tokens have no pairs and are left
-    out. Looks at the first MAX_TOKENS of an answer. `repeated_B`: of `repeated_bigrams`, where that is at hand.
+    out. Looks at the first MAX_TOKENS of an answer. `repeated_B`: their `repeated_bigrams`.
 
-    >>> distinct_bigrams([np.array([1, 2, 1, 2, 3], dtype=np.int32)])  # 12 21 12 23: three of four
+    >>> answers = [np.array([1, 2, 1, 2, 3], dtype=np.int32)]  # 12 21 12 23: three of four
+    >>> distinct_bigrams(answers, repeated_B=repeated_bigrams(answers))
     0.75
     """
-    repeated_B = repeated_bigrams(answers) if repeated_B is None else repeated_B
     pairs_B = np.array([min(len(ids), MAX_TOKENS) - 1 for ids in answers], dtype=np.float64)
     some = pairs_B > 0
     return float(np.mean(1.0 - repeated_B[some] / pairs_B[some])) if some.any() else None

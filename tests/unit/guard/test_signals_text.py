@@ -25,6 +25,10 @@ def ids(*tokens: int) -> TokenIds:
     return np.array(tokens, dtype=np.int32)
 
 
+def distinct(answers: list[TokenIds]) -> float | None:
+    return distinct_bigrams(answers, repeated_B=repeated_bigrams(answers))
+
+
 SEQUENCES = st.lists(st.integers(0, 4), max_size=24)
 
 
@@ -55,7 +59,7 @@ def test_runs_have_equal_hashes_where_they_are_equal_and_only_there(tokens: list
 @settings(max_examples=100, deadline=None)
 def test_distinct_bigrams_by_hand(answers: list[list[int]]) -> None:
     shares = [len(set(pairwise(one))) / (len(one) - 1) for one in answers if len(one) > 1]
-    found = distinct_bigrams([ids(*one) for one in answers])
+    found = distinct([ids(*one) for one in answers])
     assert found == (pytest.approx(np.mean(shares)) if shares else None)
     repeated = [max(len(one) - 1, 0) - len(set(pairwise(one))) for one in answers]
     assert repeated_bigrams([ids(*one) for one in answers]).tolist() == repeated
@@ -64,13 +68,13 @@ def test_distinct_bigrams_by_hand(answers: list[list[int]]) -> None:
 def test_a_loop_repeats_nearly_all_of_itself() -> None:
     loop = ids(*[1, 2, 3] * 20)
     assert longest_repeat_fraction([loop]) == pytest.approx(57 / 60)
-    assert distinct_bigrams([loop]) == pytest.approx(3 / 59)
+    assert distinct([loop]) == pytest.approx(3 / 59)
     assert longest_repeat_fraction([loop, ids(*range(60))]) == pytest.approx(57 / 120)
 
 
 def test_no_answers_and_empty_ones_tell_nothing() -> None:
-    assert distinct_bigrams([]) is None
-    assert distinct_bigrams([ids(), ids(1)]) is None
+    assert distinct([]) is None
+    assert distinct([ids(), ids(1)]) is None
     assert longest_repeat_fraction([ids()]) is None
     assert longest_repeat_fraction([ids(1)]) == 0.0
 
@@ -78,7 +82,7 @@ def test_no_answers_and_empty_ones_tell_nothing() -> None:
 def test_a_huge_answer_is_cut_and_large_token_ids_are_fine() -> None:
     huge = np.full(5 * MAX_TOKENS, 2**31 - 1, dtype=np.int32)
     assert longest_repeat_fraction([huge]) == pytest.approx((MAX_TOKENS - 1) / MAX_TOKENS)
-    assert distinct_bigrams([huge]) == pytest.approx(1 / (MAX_TOKENS - 1))
+    assert distinct([huge]) == pytest.approx(1 / (MAX_TOKENS - 1))
 
 
 def words(rng: random.Random, count: int, vocabulary: int) -> str:
