@@ -1,6 +1,9 @@
-"""Small records for tests."""
+"""Small things for tests: records, a directory's names, a disk that is full."""
 
 from __future__ import annotations
+
+import errno
+from pathlib import Path
 
 from cluster.records import PromptTask, Rollout, ScoredRollout, VersionRun, pack_floats, pack_ids
 
@@ -35,3 +38,11 @@ def scored(of: PromptTask, *, version: int = 0, reward: float = 1.0) -> ScoredRo
         ref_logprobs_f32=pack_floats([-1.0, -0.5]),
         rm_version="rm-1",
     )
+
+
+def names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -22,8 +22,8 @@ from cluster.guard_metrics import ACTIONS
 from configs.guard import Above, Below, GuardSection, Thresholds
 from configs.run import RunConfig
 from configs.section import Section
+from tests.metrics_support import all_registries
 from tests.prometheus_tools import ROOT, RULES, dashboard_expressions, promtool
-from tests.unit.test_metrics import all_registries
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 GRAFANA = ROOT / "deploy" / "grafana"

@@ -21,7 +21,7 @@ from cluster.stores import Member, MemoryDirectory
 from configs.load import load_config
 from configs.reward import FunctionReward, HttpReward
 from keel.ray_targets import node_targets, nodes_alive
-from tests.unit.test_metrics import get
+from tests.metrics_support import get
 
 EXPECTED = [
     {"targets": ["h:1"], "labels": {"run": "demo", "role": "learner", "instance": "l", "node": "h"}},
